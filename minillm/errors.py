@@ -1,0 +1,27 @@
+"""Everything that can go wrong through somebody's input, by name.
+
+Each message says three things: what was given, what is allowed, and what to do. A caller who wants to catch
+all of them catches `MinillmError`; the command line prints its message without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class MinillmError(Exception):
+    """Base of every error that wrong input can raise."""
+
+
+class ConfigError(MinillmError, ValueError):
+    """A setting of the engine, the machine or a model's config that cannot work."""
+
+
+class CheckpointError(MinillmError):
+    """A model folder that is missing, incomplete, damaged or inconsistent with its config."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """A model whose architecture this package does not implement."""
+
+
+class RequestError(MinillmError, ValueError):
+    """One request that cannot be served: its prompt or its sampling parameters are at fault."""
