@@ -95,6 +95,33 @@ class ModelConfig:
             eos_token_ids=_token_ids(hf.get("eos_token_id")),
         )
 
+    def to_hf(self, dtype: str) -> dict[str, Any]:
+        """The `config.json` of a checkpoint with this shape, readable by transformers 4 and 5 and by `from_hf`."""
+        if self.rope_scaling is not None:
+            raise CheckpointError(
+                "A config with scaled rotary frequencies is read only: no model here is trained with it."
+            )
+        hf: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range,
+            "eos_token_id": list(self.eos_token_ids) or None,
+            "torch_dtype": dtype,
+        }
+        return hf if self.sliding_window is None else hf | {"sliding_window": self.sliding_window}
+
 
 def _architecture(hf: Mapping[str, Any]) -> str:
     names = hf.get("architectures") or ["(none given)"]
