@@ -23,6 +23,7 @@ ROWS_HINT = 64  # oneDNN picks one layout for all row counts; this one serves 1 
 class Linear(nn.Module):
     """y = x Wᵀ + b for x [rows, in_features] and W [out_features, in_features]."""
 
+    weight: Tensor
     bias: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:

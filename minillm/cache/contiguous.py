@@ -1,0 +1,64 @@
+"""The simplest KV cache: one sequence, one block of memory, filled from the left."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minillm.attention import attention
+from minillm.config import ModelConfig
+
+
+class ContiguousCache:
+    """Keys and values of one sequence, [num_layers, num_kv_heads, capacity, head_dim] each.
+
+    `attend` is what the decoder calls. It writes behind the first `num_tokens` positions and does not move that
+    counter: the caller does, once per step, when all layers are through. Taking tokens back is the same counter
+    (`truncate`), because whatever lies behind it is overwritten before it is read.
+
+    The memory is allocated ahead and doubles when it is full, so that n tokens cost O(n) copies. A cache that is
+    concatenated anew at every step costs O(n²).
+    """
+
+    def __init__(self, config: ModelConfig, *, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        self.num_tokens = 0
+        shape = (config.num_layers, config.num_kv_heads, max(capacity, 1), config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without a copy."""
+        return self.keys.shape[2]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """2 (K and V) x layers x KV heads x head_dim x bytes per element."""
+        layers, kv_heads, _, head_dim = self.keys.shape
+        return 2 * layers * kv_heads * head_dim * self.keys.element_size()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write k and v [q_len, num_kv_heads, head_dim] behind the cached tokens, then let q see all of them."""
+        end = self.num_tokens + len(q)
+        if end > self.capacity:
+            self._grow(end)
+        self.keys[layer, :, self.num_tokens : end] = k.transpose(0, 1)
+        self.values[layer, :, self.num_tokens : end] = v.transpose(0, 1)
+        return attention(
+            q,
+            self.keys[layer, :, :end],
+            self.values[layer, :, :end],
+            scale=self.config.head_dim**-0.5,
+            sliding_window=self.config.sliding_window,
+        )
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget all but the first `num_tokens` tokens. Raises ValueError for more than there are."""
+        if not 0 <= num_tokens <= self.num_tokens:
+            raise ValueError(f"Cannot truncate a cache of {self.num_tokens} tokens to {num_tokens}; give 0 to that.")
+        self.num_tokens = num_tokens
+
+    def _grow(self, needed: int) -> None:
+        room = max(needed, 2 * self.capacity) - self.capacity
+        self.keys, self.values = (torch.nn.functional.pad(t, (0, 0, 0, room)) for t in (self.keys, self.values))

@@ -1,0 +1,96 @@
+"""The two phases of inference in their simplest honest form.
+
+    logits, cache = prefill(model, prompt)      # all prompt tokens in one step: matrix x matrix
+    token = int(logits.argmax())                # the first new token comes out of prefill
+    logits = decode(model, token, cache)        # one token per step: matrix x vector
+
+Both are `extend`: run new tokens behind those in the cache. They differ in how many tokens that is, and that decides
+everything else about them. M new tokens take one prefill and M - 1 decode steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from minillm.cache.contiguous import ContiguousCache
+from minillm.config import ModelConfig
+from minillm.errors import RequestError
+from minillm.model.decoder import Decoder
+from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits, sample
+
+SPARE = 64  # tokens of room behind a prompt, before the cache has to grow
+
+
+@torch.inference_mode()
+def extend(model: Decoder, tokens: Tensor, cache: ContiguousCache) -> Tensor:
+    """Run tokens [q_len] behind the cached ones; float32 logits [vocab_size] of what follows the last of them.
+
+    The one step of inference. Any cut of a sequence into steps gives the same logits, up to rounding.
+    """
+    positions = torch.arange(cache.num_tokens, cache.num_tokens + len(tokens), device=tokens.device)
+    hidden = model(tokens, positions, cache.attend)
+    cache.num_tokens += len(tokens)
+    return model.logits(hidden[-1:])[0]
+
+
+def prefill(model: Decoder, token_ids: Sequence[int]) -> tuple[Tensor, ContiguousCache]:
+    """Phase 1: all prompt tokens at once. Returns the logits [vocab_size] of the first new token, and the cache.
+
+    Raises RequestError for an empty prompt, an unknown token id, or more tokens than the model has positions.
+    """
+    check_prompt(token_ids, model.config)
+    cache = ContiguousCache(model.config, capacity=len(token_ids) + SPARE, device=model.device, dtype=model.dtype)
+    return extend(model, torch.tensor(token_ids, device=model.device), cache), cache
+
+
+def decode(model: Decoder, token_id: int, cache: ContiguousCache) -> Tensor:
+    """Phase 2: one token in, the logits [vocab_size] of the next one out. The cache grows by this token."""
+    return extend(model, torch.tensor([token_id], device=model.device), cache)
+
+
+def generate(
+    model: Decoder, token_ids: Sequence[int], params: SamplingParams | None = None, *, sample_index: int = 0
+) -> Iterator[int]:
+    """Yield the new tokens, each as soon as it is known. The end token is part of them, as in vLLM.
+
+    Stops after `max_tokens`, at a stop token, or where the model has no more positions. `sample_index` picks the
+    random stream of one of several completions.
+    """
+    params = params or SamplingParams()
+    generator = None if params.greedy else params.generator(sample_index, default_seed=0, device=model.device)
+    room = model.config.max_position_embeddings - len(token_ids)
+    logits, cache = prefill(model, token_ids)
+    tokens = list(token_ids)
+    for step in range(min(params.max_tokens, room + 1)):
+        if step > 0:
+            logits = decode(model, tokens[-1], cache)
+        tokens.append(_choose(logits, tokens, params, generator))
+        yield tokens[-1]
+        if params.ends_with(tokens[-1], model.config.eos_token_ids):
+            return
+
+
+def _choose(logits: Tensor, tokens: list[int], params: SamplingParams, generator: torch.Generator | None) -> int:
+    if params.repetition_penalty != 1:
+        logits = penalize_repetition(logits, torch.tensor(tokens, device=logits.device), params.repetition_penalty)
+    return int(sample(probs_from_logits(logits[None], [params]), [generator]))
+
+
+def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
+    """Refuse a prompt that the model cannot read; see `prefill`."""
+    if len(token_ids) == 0:
+        raise RequestError("The prompt is empty. Give at least one token.")
+    if len(token_ids) > config.max_position_embeddings:
+        raise RequestError(
+            f"The prompt has {len(token_ids)} tokens, the model has {config.max_position_embeddings} positions. "
+            "Shorten the prompt."
+        )
+    strange = [token for token in token_ids if not 0 <= token < config.vocab_size]
+    if strange:
+        raise RequestError(
+            f"Token id {strange[0]} is outside the vocabulary of {config.vocab_size}. Did another "
+            "model's tokenizer encode the prompt?"
+        )

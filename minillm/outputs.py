@@ -1,0 +1,95 @@
+"""What a request gives back: shaped and named as in vLLM, so that a script runs on both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One candidate of one step: log-probability under the raw logits, rank (1 is the most likely), text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One completion of a prompt. `delta` is the text that is new since the last time a stream showed it."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None  # the stop token or string that ended it; None for the model's own end token
+    delta: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestMetrics:
+    """When the request came and when each of its tokens left, in seconds of one monotonic clock.
+
+    Definitions are vLLM's. A request with several completions has one list of times per completion: its TTFT is the
+    first token of any, its TPOT the mean over completions, its ITL all gaps.
+    """
+
+    arrival_time: float
+    token_times: list[list[float]] = field(default_factory=list)
+    first_scheduled_time: float | None = None
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds between arrival and the first step that worked on the request."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token, seconds: queue, prefill and sampling."""
+        firsts = [times[0] for times in self.token_times if times]
+        return min(firsts) - self.arrival_time if firsts else None
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first, seconds: (last - first) / (n - 1). None for a single token.
+
+        The first token comes out of prefill, so n tokens take n - 1 decode steps.
+        """
+        rates = [(times[-1] - times[0]) / (len(times) - 1) for times in self.token_times if len(times) > 1]
+        return sum(rates) / len(rates) if rates else None
+
+    @property
+    def itl(self) -> list[float]:
+        """Inter-token latencies: every gap between two tokens, seconds."""
+        return [later - earlier for times in self.token_times for earlier, later in pairwise(times)]
+
+    @property
+    def e2el(self) -> float | None:
+        """End-to-end latency, seconds: arrival to the last token."""
+        lasts = [times[-1] for times in self.token_times if times]
+        return max(lasts) - self.arrival_time if lasts else None
+
+
+@dataclass
+class RequestOutput:
+    """A request and its completions so far."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finished for output in self.outputs)
