@@ -1,4 +1,4 @@
-"""The stopwatch: known answers for its arithmetic, a fake clock for its order of events. No test asserts a real time."""
+"""The stopwatch: known answers for its arithmetic, a fake clock for its order of events. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -81,6 +81,26 @@ def test_pair_ratio_cancels_what_drifts() -> None:
     """The machine becomes ten times slower half-way: twice as long stays twice as long."""
     slower, faster = Timing((2, 2, 20, 20)), Timing((1, 1, 10, 10))
     assert pair_ratio(slower, faster) == (2, 2, 2)
+
+
+def test_turns_cancel_what_one_after_the_other_does_not(clock: FakeClock) -> None:
+    """A machine that slows down while it works. The mutant measures all of a, then all of b, and blames b."""
+
+    def drifting(cost: float) -> Callable[[], None]:
+        def work() -> None:
+            clock.now += cost * 1.05 ** len(calls)
+            calls.append(cost)
+
+        return work
+
+    calls: list[float] = []
+    turns = interleaved({"a": drifting(2), "b": drifting(1)}, repeats=20, warmup=0)
+    assert pair_ratio(turns["a"], turns["b"]).median == pytest.approx(2 / 1.05)
+    calls.clear()
+    mutant = {
+        name: interleaved({name: drifting(cost)}, repeats=20, warmup=0)[name] for name, cost in (("a", 2), ("b", 1))
+    }
+    assert pair_ratio(mutant["a"], mutant["b"]).median < 1, "so far off that the slower one looks faster"
 
 
 def test_pair_ratio_is_no_ratio_of_medians() -> None:
