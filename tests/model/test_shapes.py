@@ -1,0 +1,66 @@
+"""The named shapes have exactly the published number of parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minillm.errors import CheckpointError
+from minillm.model.decoder import Decoder
+from minillm.model.loader import layout
+from minillm.model.shapes import SHAPES, named_shape
+
+PARAMETERS = {
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-4b": 4_022_468_096,
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b": 7_241_732_096,
+}
+KV_BYTES_PER_TOKEN = {
+    "smollm2-135m": 23_040,
+    "smollm2-1.7b": 196_608,
+    "qwen2.5-0.5b": 12_288,
+    "qwen3-0.6b": 114_688,
+    "qwen3-4b": 147_456,
+    "tinyllama-1.1b": 22_528,
+    "llama-3.2-1b": 32_768,
+    "llama-3.1-8b": 131_072,
+}
+
+
+def test_every_shape_has_a_published_count() -> None:
+    assert PARAMETERS.keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameter_count(name: str) -> None:
+    """Counted twice: in the checkpoint's layout and in the decoder itself (whose query and key norms have one row
+    per head, so those are counted once)."""
+    config = named_shape(name)
+    pieces = [piece for group in layout(config) for piece in group]
+    in_files = sum(torch.Size(shape).numel() for piece in pieces for shape in piece.shapes)
+    assert in_files == PARAMETERS[name]
+    with torch.device("meta"):
+        model = Decoder(config)
+    repeated = config.num_layers * (config.num_heads + config.num_kv_heads - 2) * config.head_dim * config.qk_norm
+    assert sum(p.numel() for p in model.parameters()) - repeated == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", KV_BYTES_PER_TOKEN)
+def test_kv_bytes_per_token(name: str) -> None:
+    from minillm.cache.contiguous import ContiguousCache
+
+    cache = ContiguousCache(named_shape(name), capacity=1, device=torch.device("meta"), dtype=torch.bfloat16)
+    assert cache.bytes_per_token == KV_BYTES_PER_TOKEN[name]
+
+
+def test_unknown_shape_is_refused_with_the_list() -> None:
+    with pytest.raises(CheckpointError, match=r"No shape is called 'gpt-5'.*qwen3-0\.6b"):
+        named_shape("gpt-5")
