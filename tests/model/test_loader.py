@@ -1,4 +1,4 @@
-"""Loading: what is right loads exactly, what is wrong is refused with a sentence that says what, where and what to do."""
+"""Loading: what is right loads exactly, what is wrong is refused with a sentence that says what and where."""
 
 from __future__ import annotations
 
