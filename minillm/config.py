@@ -6,13 +6,14 @@ projections (Qwen2), a norm on queries and keys (Qwen3), a sliding window (Mistr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minillm.errors import CheckpointError, UnsupportedModelError
+from minillm.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
 
 
 @dataclass(frozen=True)
@@ -189,3 +190,65 @@ def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
+
+
+def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
+    """Raise RequestError for a prompt that the model cannot read: empty, too long, or of another vocabulary."""
+    if len(token_ids) == 0:
+        raise RequestError("The prompt is empty. Give at least one token.")
+    if len(token_ids) > config.max_position_embeddings:
+        raise RequestError(
+            f"The prompt has {len(token_ids)} tokens, the model has {config.max_position_embeddings} positions. "
+            "Shorten the prompt."
+        )
+    strange = [token for token in token_ids if not 0 <= token < config.vocab_size]
+    if strange:
+        raise RequestError(
+            f"Token id {strange[0]} is outside the vocabulary of {config.vocab_size}. Did another "
+            "model's tokenizer encode the prompt?"
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine serves: sizes, scheduling policy, and a switch for each optimisation.
+
+    block_size: tokens per block of KV cache. num_blocks: blocks of the cache, the dummy block included; None takes
+    `cache_bytes` instead, and None there lets the engine choose (see `minillm.cache.paged.choose_num_blocks`).
+    max_num_seqs: sequences that run at the same time. max_num_batched_tokens: tokens per step, the budget that keeps a
+    long prompt from stalling the others. policy: see `minillm.engine.scheduler`. enable_prefix_caching: reuse the KV of
+    common beginnings. attention: a backend of `minillm.attention`. cuda_graphs: replay decode steps from CUDA graphs;
+    no effect on a CPU. seed: for requests that bring none. trace_steps: how many of the latest `StepRecord`s are kept.
+    debug: recompute every invariant after each step; slow.
+
+    Raises ConfigError for values that cannot work.
+    """
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    cache_bytes: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    policy: str = "mixed"
+    enable_prefix_caching: bool = True
+    attention: str = "auto"
+    cuda_graphs: bool = True
+    seed: int = 0
+    trace_steps: int = 10_000
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("trace_steps", self.trace_steps, 0)
+        if self.num_blocks is not None:
+            _at_least("num_blocks", self.num_blocks, 2)
+        if self.cache_bytes is not None:
+            _at_least("cache_bytes", self.cache_bytes, 1)
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy={self.policy!r} is unknown. Choose one of {', '.join(map(repr, POLICIES))}.")
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name}={value!r} is not possible: it must be an integer of at least {minimum}.")

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from minillm.cache.contiguous import ContiguousCache
-from minillm.config import ModelConfig
-from minillm.errors import RequestError
+from minillm.config import check_prompt
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits, sample
 
@@ -77,20 +76,3 @@ def _choose(logits: Tensor, tokens: list[int], params: SamplingParams, generator
     if params.repetition_penalty != 1:
         logits = penalize_repetition(logits, torch.tensor(tokens, device=logits.device), params.repetition_penalty)
     return int(sample(probs_from_logits(logits[None], [params]), [generator]))
-
-
-def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
-    """Refuse a prompt that the model cannot read; see `prefill`."""
-    if len(token_ids) == 0:
-        raise RequestError("The prompt is empty. Give at least one token.")
-    if len(token_ids) > config.max_position_embeddings:
-        raise RequestError(
-            f"The prompt has {len(token_ids)} tokens, the model has {config.max_position_embeddings} positions. "
-            "Shorten the prompt."
-        )
-    strange = [token for token in token_ids if not 0 <= token < config.vocab_size]
-    if strange:
-        raise RequestError(
-            f"Token id {strange[0]} is outside the vocabulary of {config.vocab_size}. Did another "
-            "model's tokenizer encode the prompt?"
-        )

@@ -1,0 +1,254 @@
+"""Who computes how many tokens in the next step.
+
+There is no prefill phase and no decode phase. Each sequence has `num_tokens` tokens, `num_computed` of them have their
+KV in the cache, and a step moves the second number towards the first within a budget of tokens (vLLM v1's idea). A
+sequence whose last token gets computed samples the next one. Everything else is order:
+
+* `mixed`: sequences that are level (one token to go) first, then those that are behind, then new ones: chunks of
+  prompts fill what the decodes leave of the budget, so nobody stalls.
+* `prefill_first`: whoever is behind goes first, new ones join, and the others decode only in steps without either.
+* `static`: as before, but nobody joins a batch that has begun to decode: it runs until its last sequence is done.
+
+Blocks run out now and then. The youngest sequence then gives all of its blocks back and waits, keeping its tokens and
+its random state, to be computed again later (preemption by recompute). Running and waiting sequences, one after the
+other, are always sorted by arrival; so the oldest can push out all others and always gets on, nobody overtakes, and
+nobody starves.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from minillm.cache.blocks import BlockPool, ensure
+from minillm.config import EngineConfig
+from minillm.engine.sequence import Sequence
+from minillm.outputs import FinishReason
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """One sequence's part in a step: its next `num_tokens` tokens, and who samples from the last of them.
+
+    `samplers` is empty if the sequence stays behind (its last token is not computed in this step, so there is nothing
+    to sample from), else the sequence itself and, when its prompt just got complete, the completions it spawns.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    copies: list[tuple[int, int]]
+    samplers: list[Sequence]
+
+
+@dataclass
+class StepPlan:
+    """What one step will do, in the order in which it will be packed."""
+
+    budget: int  # tokens that may still be added
+    scheduled: dict[Sequence, Scheduled] = field(default_factory=dict)
+    admitted: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def samplers(self) -> list[Sequence]:
+        """Everybody who gets a token, in order."""
+        return [sampler for part in self.scheduled.values() for sampler in part.samplers]
+
+    @property
+    def copies(self) -> list[tuple[int, int]]:
+        """Blocks to copy, (source, target), before anything is written."""
+        return [copy for part in self.scheduled.values() for copy in part.copies]
+
+    def add(self, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> None:
+        """Spend budget on the next tokens of a sequence."""
+        samplers = [sequence, *sequence.spawn()] if num_tokens == sequence.num_remaining else []
+        self.scheduled[sequence] = Scheduled(sequence, num_tokens, copies, samplers)
+        self.budget -= num_tokens
+
+    def discard(self, sequence: Sequence) -> None:
+        """Take a sequence out again, if it is in."""
+        part = self.scheduled.pop(sequence, None)
+        self.budget += part.num_tokens if part else 0
+
+
+class Scheduler:
+    """Holds every unfinished sequence, running (with blocks) or waiting (without).
+
+    `schedule` and `commit` alternate. `eos_token_ids` end a sequence unless its parameters ignore them.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, eos_token_ids: tuple[int, ...] = ()) -> None:
+        self.config = config
+        self.pool = pool
+        self.eos_token_ids = eos_token_ids
+        self.running: list[Sequence] = []
+        self.waiting: OrderedDict[tuple[int, int], Sequence] = OrderedDict()
+        self._in_flight: StepPlan | None = None
+        self._joinable = True  # only `static` ever closes its batch
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence behind all others. Its `order` must say so, too."""
+        self.waiting[sequence.order] = sequence
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step: somebody gets on whenever anybody is unfinished."""
+        plan = StepPlan(self.config.max_num_batched_tokens)
+        level = [sequence for sequence in self.running if sequence.num_remaining == 1]
+        behind = [sequence for sequence in self.running if sequence.num_remaining > 1]
+        self._joinable = self._joinable or not self.running
+        if self.config.policy == "mixed":
+            self._advance(plan, level)
+        self._advance(plan, behind)
+        self._admit(plan)
+        if self.config.policy != "mixed" and not plan.scheduled:
+            self._advance(plan, level)
+            self._joinable = self.config.policy != "static"
+        self._in_flight = plan
+        return plan
+
+    def _advance(self, plan: StepPlan, sequences: Iterable[Sequence]) -> None:
+        """Give running sequences their next tokens, oldest first, pushing out the youngest where blocks are lacking."""
+        for sequence in sequences:
+            num_tokens = min(sequence.num_remaining, plan.budget)
+            if num_tokens == 0:
+                return
+            while sequence not in plan.preempted:
+                end = sequence.num_computed + num_tokens
+                copies = self.pool.prepare(sequence.table, sequence.num_computed, end)
+                if copies is not None:
+                    plan.add(sequence, num_tokens, copies)
+                    break
+                self._preempt_youngest(plan)
+
+    def _preempt_youngest(self, plan: StepPlan) -> None:
+        """Move the youngest running sequence back to the head of the queue: it keeps its tokens, not its blocks."""
+        victim = self.running.pop()
+        plan.discard(victim)
+        plan.preempted.append(victim)
+        self.pool.release(victim.table)
+        victim.num_computed = 0
+        victim.num_preemptions += 1
+        self.waiting[victim.order] = victim
+        self.waiting.move_to_end(victim.order, last=False)
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Let waiting sequences join, strictly in order, while there is room. A step that preempts admits nobody."""
+        while self.waiting and self._joinable and plan.budget and not plan.preempted:
+            sequence = next(iter(self.waiting.values()))
+            width = sum(running.width for running in self.running) + sequence.width
+            if width > self.config.max_num_seqs or not self._start(plan, sequence):
+                return
+            del self.waiting[sequence.order]
+            self.running.append(sequence)
+            plan.admitted.append(sequence)
+
+    def _start(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Open a table with all blocks for the tokens that the sequence has, if there are enough.
+
+        A block for each completion that runs or comes along must be left over: without this margin a sequence joins
+        just to be preempted in the next step.
+        """
+        table, start = self.pool.open(sequence.tokens, sequence.salt)
+        spare = len(self.running) + sequence.num_forks if self.running else 0
+        copies = self.pool.prepare(table, start, sequence.num_tokens, spare=spare)
+        if copies is None:
+            self.pool.release(table)
+            return False
+        sequence.table, sequence.num_computed = table, start
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = start
+        plan.add(sequence, min(sequence.num_remaining, plan.budget), copies)
+        return True
+
+    def commit(self, plan: StepPlan, tokens: list[int]) -> list[tuple[Sequence, int]]:
+        """Account for a step that was run; `tokens[i]` is what `plan.samplers[i]` drew.
+
+        Returns who really got a token: a sequence that was finished from outside while its step ran gets none. The
+        blocks of finished sequences are freed here, when no step uses them any more.
+        """
+        self._in_flight = None
+        for part in plan.scheduled.values():
+            self._commit(part)
+        drawn = [pair for pair in zip(plan.samplers, tokens, strict=True) if not pair[0].finished]
+        for sequence, token in drawn:
+            sequence.append(token, self.eos_token_ids)
+        for sequence in [sequence for sequence in self.running if sequence.finished]:
+            self._retire(sequence)
+        return drawn
+
+    def _commit(self, part: Scheduled) -> None:
+        """Count the tokens as computed, make full blocks known, and let spawned completions share the blocks."""
+        sequence = part.sequence
+        sequence.num_computed += part.num_tokens
+        sequence.num_written = max(sequence.num_written, sequence.num_computed)
+        self.pool.commit(sequence.table, sequence.tokens, sequence.num_computed)
+        for fork in part.samplers[1:]:
+            fork.table = self.pool.fork(sequence.table)
+            fork.num_computed = fork.num_written = sequence.num_computed
+            fork.finish_reason = sequence.finish_reason
+            self.running.insert(self.running.index(sequence) + fork.index, fork)
+            sequence.num_forks = 0
+
+    def abandon(self, plan: StepPlan) -> None:
+        """Take back a step that never came to its end (an error, Ctrl-C): everybody starts over, nobody is lost."""
+        self._in_flight = None
+        while self.running:
+            self._preempt_youngest(plan)
+        for sequence in [sequence for sequence in self if sequence.finished]:
+            self._retire(sequence)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
+        """End a sequence from outside, at any moment. Its blocks are freed at once, or when its step comes back."""
+        if sequence.finished:
+            return
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if self._in_flight is None or sequence not in self._in_flight.scheduled:
+            self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        if self.waiting.pop(sequence.order, None) is None:
+            self.running.remove(sequence)
+        self.pool.release(sequence.table)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All unfinished sequences, oldest first."""
+        yield from self.running
+        yield from self.waiting.values()
+
+    def check(self) -> None:
+        """Recompute every invariant; raises `AssertionError` naming the broken one."""
+        self.pool.check(sequence.table for sequence in self)
+        ensure(all(a.order < b.order for a, b in pairwise(self)), "sequences are sorted by arrival")
+        ensure(sum(s.width for s in self.running) <= self.config.max_num_seqs, "at most max_num_seqs run")
+        for sequence in self.waiting.values():
+            ensure(
+                not sequence.table.blocks and sequence.num_computed == 0, f"{sequence.order} waits and holds no blocks"
+            )
+        for sequence in self.running:
+            held = len(sequence.table.blocks) * self.pool.block_size
+            ensure(sequence.num_computed <= held, f"{sequence.order} has blocks for what it has computed")
+        if self._in_flight is None:
+            for sequence in self:
+                ensure(
+                    not sequence.finished and sequence.num_remaining > 0, f"{sequence.order} has something to compute"
+                )
+        else:
+            self._check_plan(self._in_flight)
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        """The plan keeps to its budget and writes only blocks that one table owns and the cache does not know."""
+        num_tokens = sum(part.num_tokens for part in plan.scheduled.values())
+        ensure(num_tokens + plan.budget == self.config.max_num_batched_tokens, "the budget adds up")
+        ensure(plan.budget >= 0 and bool(plan.scheduled or not self.num_unfinished), "somebody gets on")
+        for sequence, part in plan.scheduled.items():
+            end = sequence.num_computed + part.num_tokens
+            ensure(part.num_tokens > 0 and end <= sequence.num_tokens, f"{sequence.order} computes tokens that it has")
+            first, last = sequence.num_computed // self.pool.block_size, self.pool.blocks_for(end)
+            for block in (self.pool.blocks[index] for index in sequence.table.blocks[first:last]):
+                ensure(block.ref_count == 1 and block.prefix is None, f"{block.id} is written by one owner, unnamed")

@@ -1,0 +1,138 @@
+"""What really happened, step by step: the one record that figures, benchmarks, claims and tests read."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm.engine.scheduler import Scheduled
+
+
+@dataclass(frozen=True)
+class SequenceStep:
+    """One sequence's part in a step, as it stood before the step ran."""
+
+    request_id: str
+    index: int
+    num_prompt: int
+    num_computed: int  # tokens in the cache before
+    num_scheduled: int  # tokens computed now: the query length
+    num_recomputed: int  # of these, how many had been computed before a preemption threw them away
+    num_samples: int  # tokens drawn from its last row: 0 while it stays behind
+    blocks: tuple[int, ...]
+
+    @property
+    def kv_len(self) -> int:
+        """Keys that its last query sees."""
+        return self.num_computed + self.num_scheduled
+
+    @property
+    def phase(self) -> str:
+        """A name for display, derived from what happened; the engine never asks."""
+        if self.num_recomputed:
+            return "recompute"
+        return "prefill" if self.num_computed < self.num_prompt else "decode"
+
+    @classmethod
+    def of(cls, part: Scheduled) -> SequenceStep:
+        sequence = part.sequence
+        again = min(sequence.num_written, sequence.num_computed + part.num_tokens) - sequence.num_computed
+        return cls(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            num_prompt=sequence.num_prompt,
+            num_computed=sequence.num_computed,
+            num_scheduled=part.num_tokens,
+            num_recomputed=max(0, again),
+            num_samples=len(part.samplers),
+            blocks=tuple(sequence.table.blocks),
+        )
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: who took part, what the pool looked like, where the time went (seconds, one monotonic clock)."""
+
+    step: int
+    start: float
+    schedule_time: float
+    pack_time: float
+    run_time: float  # model and sampling, until the tokens are on the host
+    commit_time: float
+    sequences: tuple[SequenceStep, ...]
+    admitted: tuple[str, ...]
+    preempted: tuple[str, ...]
+    num_copies: int
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    kv_bytes_written: int
+    kv_bytes_read: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed: the rows of every matrix product of the step."""
+        return sum(part.num_scheduled for part in self.sequences)
+
+    @property
+    def overhead(self) -> float:
+        """Share of the step that was not the model: scheduling, packing and committing."""
+        busy = self.schedule_time + self.pack_time + self.commit_time
+        return busy / (busy + self.run_time)
+
+
+class Trace:
+    """The latest `limit` step records, oldest first."""
+
+    def __init__(self, limit: int) -> None:
+        self._records: deque[StepRecord] = deque(maxlen=limit)
+
+    def append(self, record: StepRecord) -> None:
+        self._records.append(record)
+
+    def clear(self) -> None:
+        self._records.clear()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self._records)
+
+    def __getitem__(self, index: int) -> StepRecord:
+        return self._records[index]
+
+    def write_jsonl(self, path: str | Path) -> None:
+        """One JSON object per step."""
+        lines = [json.dumps(asdict(record)) for record in self._records]
+        Path(path).write_text("".join(f"{line}\n" for line in lines))
+
+    def write_chrome(self, path: str | Path) -> None:
+        """The Trace Event Format of chrome://tracing and ui.perfetto.dev: a row for the engine, one per sequence."""
+        events = [event for record in self._records for event in _chrome_events(record)]
+        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def _chrome_events(record: StepRecord) -> Iterator[dict[str, Any]]:
+    """Slices of the engine's phases, slices of the sequences during `run`, and counters. Times are microseconds."""
+    start = record.start * 1e6
+    for name in ("schedule", "pack", "run", "commit"):
+        duration = getattr(record, f"{name}_time") * 1e6
+        yield _slice("engine", name, start, duration, {"step": record.step, "tokens": record.num_tokens})
+        if name == "run":
+            for part in record.sequences:
+                args = {"tokens": part.num_scheduled, "keys": part.kv_len, "recomputed": part.num_recomputed}
+                yield _slice(f"{part.request_id}/{part.index}", part.phase, start, duration, args)
+        start += duration
+    counters = {"running": record.num_running, "waiting": record.num_waiting, "free blocks": record.num_free_blocks}
+    for name, value in counters.items():
+        yield {"ph": "C", "pid": "minillm", "name": name, "ts": record.start * 1e6, "args": {name: value}}
+
+
+def _slice(row: str, name: str, start: float, duration: float, args: dict[str, int]) -> dict[str, Any]:
+    return {"ph": "X", "pid": "minillm", "tid": row, "name": name, "ts": start, "dur": duration, "args": args}
