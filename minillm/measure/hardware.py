@@ -127,6 +127,11 @@ def _matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / best
 
 
+def matmul_size(rate: float) -> int:
+    """The smallest size that keeps a machine of `rate` FLOP/s busy for long enough, or the largest there is."""
+    return next((size for size in MATMUL_SIZES if 2 * size**3 >= rate * MATMUL_SECONDS), MATMUL_SIZES[-1])
+
+
 def matmul_patterns(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[], object]]:
     """Ways to multiply two square matrices, 2 size³ FLOPs each: the engine's linear layer, plain and packed."""
     x = torch.randn(size, size, device=device).to(dtype)
