@@ -52,8 +52,9 @@ class Document:
 
 def training_documents() -> list[Document]:
     """Every document to train on, in a fixed order; those of the standard library come `STDLIB_PASSES` times."""
-    held_out = {document.text for document in _stdlib() if is_held_out(document.name)}
-    stdlib = [document for document in _stdlib() if document.text not in held_out]
+    everything = _stdlib()
+    held_out = {document.text for document in everything if is_held_out(document.name)}
+    stdlib = [document for document in everything if document.text not in held_out]
     seen = held_out | {document.text for document in stdlib}
     documents = stdlib * STDLIB_PASSES
     for package in PACKAGES:

@@ -14,20 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from minillm.model.decoder import Decoder
+from minillm.model.linear import Linear
 from minillm.model.loader import layout
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a quintic that pushes singular values in (0, 1] to about one
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """U Vᵀ of a matrix [rows, cols] = U S Vᵀ, nearly: singular values land between 0.7 and 1.2, by products alone."""
+    """U Vᵀ of a matrix [rows, cols] = U S Vᵀ, nearly: singular values land between 0.7 and 1.2, by products alone.
+
+    Computed in bfloat16, like the gradients themselves: the direction of a step needs no more.
+    """
     a, b, c = NEWTON_SCHULZ
-    x = matrix / (matrix.norm() + 1e-7)
-    wide = x if x.shape[0] <= x.shape[1] else x.T
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).bfloat16()
+    x = x / (x.norm() + 1e-7)
     for _ in range(steps):
-        gram = wide @ wide.T
-        wide = a * wide + (b * gram + c * gram @ gram) @ wide
-    return wide if wide.shape == matrix.shape and x.shape[0] <= x.shape[1] else wide.T
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,12 +54,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weight = group["params"][0]
             if weight.grad is not None:
-                self._step_one(weight, group)
+                self._step_one(weight, weight.grad, group)
 
-    def _step_one(self, weight: Tensor, group: dict[str, Any]) -> None:
+    def _step_one(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-        average.lerp_(weight.grad, 1 - group["momentum"])
-        ahead = weight.grad.lerp(average, group["momentum"])
+        average.lerp_(grad, 1 - group["momentum"])
+        ahead = grad.lerp(average, group["momentum"])
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         for part, direction in zip(weight.split(group["rows"]), ahead.split(group["rows"]), strict=True):
             size = max(1.0, part.shape[0] / part.shape[1]) ** 0.5
@@ -65,15 +70,15 @@ def make_optimizers(
     model: Decoder, *, matrix_rate: float, vector_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the projections, AdamW without decay for the embedding (which is the head, too) and the norms."""
-    pieces = [piece for group in layout(model.config) for piece in group]
-    rows = {piece.ours: [shape[0] for shape in piece.shapes] for piece in pieces}
-    named = {name: p for name, p in model.named_parameters() if name in rows}
-    is_matrix = {name: p.ndim == 2 and not name.startswith("embedding") and "norm" not in name for name, p in named.items()}
-    matrices = [(p, rows[name]) for name, p in named.items() if is_matrix[name]]
-    vectors = [p for name, p in named.items() if not is_matrix[name]]
+    rows = {piece.ours: [shape[0] for shape in piece.shapes] for group in layout(model.config) for piece in group}
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)} - {
+        "head.weight"
+    }
+    matrices = [(weight, rows[name]) for name, weight in model.named_parameters() if name in linear]
+    others = [weight for name, weight in model.named_parameters() if name not in linear]
     return [
         Muon(matrices, lr=matrix_rate, weight_decay=weight_decay),
-        torch.optim.AdamW(vectors, lr=vector_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=vector_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 

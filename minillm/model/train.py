@@ -35,11 +35,11 @@ from minillm.model.optimizer import make_optimizers, tie_head_norms
 
 log = logging.getLogger(__name__)
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=256, intermediate_size=768, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=64),
     "tiny-draft": dict(hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64),
 }
-HELD_OUT_BYTES = 400_000
+HELD_OUT_BYTES = 200_000
 
 LossFunction = Callable[[Decoder, Tensor], Tensor]
 
