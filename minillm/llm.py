@@ -1,77 +1,165 @@
 """The front door: prompts in, text out. Names and result objects are vLLM's, so the same four lines run on both.
 
-llm = LLM("tiny")
-for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_tokens=64)):
-    print(output.outputs[0].text, output.metrics.ttft)
+    llm = LLM("tiny")
+    for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_tokens=64)):
+        print(output.outputs[0].text, output.metrics.ttft)
+
+The engine behind it knows token ids only. Here they become text, and here stop strings end a completion.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
+from rich.progress import Progress
 
+from minillm.config import EngineConfig
+from minillm.engine.engine import Engine, TokenEvent
 from minillm.errors import RequestError
-from minillm.generate import check_prompt, generate
 from minillm.model.loader import load_model
-from minillm.model.tokenizer import load_tokenizer
-from minillm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minillm.model.tokenizer import Tokenizer, load_tokenizer
+from minillm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minillm.sampling import SamplingParams
 from minillm.text import TextStream
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or vLLM's {"prompt_token_ids": [...]}
 
 
+@dataclass
+class Live:
+    """A request in the engine: its result so far, and who writes the text of each completion."""
+
+    output: RequestOutput
+    texts: list[TextStream] | None  # None without a tokenizer
+    changed: bool = False
+
+
 class LLM:
     """A model that is ready to write.
 
-    model, device, dtype, seed: as in `load_model`. Raises what it raises.
+    model, device, dtype, seed: as in `load_model`. The other settings are those of `EngineConfig`; seed also serves
+    requests that bring none of their own. Raises what these two raise.
     """
 
-    def __init__(self, model: str | Path = "tiny", *, device: str = "auto", dtype: str = "auto", seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: str | Path = "tiny",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 512,
+        policy: str = "mixed",
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        debug: bool = False,
+    ) -> None:
+        config = EngineConfig(
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            policy=policy,
+            enable_prefix_caching=enable_prefix_caching,
+            attention=attention,
+            seed=seed,
+            debug=debug,
+        )
         self.tokenizer = load_tokenizer(model)
-        self.model = load_model(model, device=device, dtype=dtype, seed=seed)
-        self.seed = seed
-        self._num_requests = 0
+        self.engine = Engine(load_model(model, device=device, dtype=dtype, seed=seed), config)
+        self._live: dict[str, Live] = {}
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
     ) -> list[RequestOutput]:
-        """Complete each prompt; the results stand in the order of the prompts.
+        """Complete all prompts, batched by the engine; the results stand in the order of the prompts.
 
-        Raises RequestError for a prompt that cannot be served, before anything is computed.
+        `sampling_params` is one for all, or one per prompt. Raises RequestError for a request that cannot be served,
+        before anything is computed.
         """
-        params = sampling_params or SamplingParams()
-        requests = [self._request(prompt, params) for prompt in as_list(prompts)]
-        for request in track(requests, "Generating", transient=True, disable=not progress):
-            for _ in self._run(request, params):
-                pass
+        requests = self._add_all(prompts, sampling_params)
+        total = sum(len(request.output.outputs) for request in requests)
+        with Progress(transient=True, disable=not progress) as bar:
+            task = bar.add_task("Generating", total=total)
+            for _ in self._run(requests):
+                done = sum(output.finished for request in requests for output in request.output.outputs)
+                bar.update(task, completed=done)
+        return [request.output for request in requests]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Yield a request's result whenever it has grown; `outputs[i].delta` is the text that is new.
+
+        It is the same object each time: copy what you want to keep. Leaving the loop early aborts the requests.
+        """
+        for request in self._run(self._add_all(prompts, sampling_params)):
+            yield request.output
+            for output in request.output.outputs:
+                output.delta = ""
+
+    def _run(self, requests: list[Live]) -> Iterator[Live]:
+        """Step the engine until these requests are finished, yielding each that has changed.
+
+        Whoever steps takes the events of all requests, so streams and calls of `generate` may interleave.
+        """
+        try:
+            while True:
+                for request in [request for request in requests if request.changed]:
+                    request.changed = False
+                    yield request
+                if all(request.output.finished for request in requests):
+                    return
+                for event in self.engine.step():
+                    self._take(event)
+        finally:
+            for request in requests:
+                self._forget(request)
+
+    def _add_all(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Live]:
+        """Queue all prompts, or none if one of them is refused."""
+        many = _as_list(prompts)
+        each = [params or SamplingParams()] * len(many) if isinstance(params, SamplingParams | None) else list(params)
+        if len(each) != len(many):
+            raise RequestError(
+                f"{len(many)} prompts, but {len(each)} sampling_params. Give one for all or one for each."
+            )
+        requests: list[Live] = []
+        try:
+            for prompt, wish in zip(many, each, strict=True):
+                requests.append(self._add(prompt, wish))
+        except RequestError:
+            for request in requests:
+                self._forget(request)
+            raise
         return requests
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """Yield the growing result of one prompt after each token; `outputs[i].delta` is the text that is new.
-
-        It is the same object each time: copy what you want to keep.
-        """
-        params = sampling_params or SamplingParams()
-        return self._run(self._request(prompt, params), params)
-
-    def _request(self, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    def _add(self, prompt: Prompt, params: SamplingParams) -> Live:
+        arrival = time.perf_counter()
         text, token_ids = self._encode(prompt)
-        check_prompt(token_ids, self.model.config)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and a random model has none. Use stop_token_ids.")
-        self._num_requests += 1
+        request_id = self.engine.add(token_ids, params, arrival_time=arrival)
         outputs = [CompletionOutput(index) for index in range(params.n)]
-        metrics = RequestMetrics(time.perf_counter(), [[] for _ in outputs])
-        return RequestOutput(str(self._num_requests - 1), text, token_ids, outputs, metrics)
+        metrics = RequestMetrics(arrival, [[] for _ in outputs])
+        texts = [TextStream(o, self.tokenizer, params.stop_strings) for o in outputs] if self.tokenizer else None
+        self._live[request_id] = Live(RequestOutput(request_id, text, token_ids, outputs, metrics), texts)
+        return self._live[request_id]
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
@@ -82,35 +170,44 @@ class LLM:
             raise RequestError("A random model has no tokenizer. Give token ids, such as [1, 2, 3], as the prompt.")
         return prompt, self.tokenizer.encode(prompt)
 
-    def _run(self, request: RequestOutput, params: SamplingParams) -> Iterator[RequestOutput]:
-        for output in request.outputs:
-            text = TextStream(output, self.tokenizer, params.stop_strings) if self.tokenizer else None
-            for token in generate(self.model, request.prompt_token_ids, params, sample_index=output.index):
-                request.metrics.token_times[output.index].append(time.perf_counter())
-                output.delta = ""
-                self._take(token, output, params, text)
-                yield request
-                if output.finished:
-                    break
+    def _take(self, event: TokenEvent) -> None:
+        """Account for the new tokens of one completion: ids, times, text, and whether it is finished."""
+        request = self._live[event.sequence.request_id]
+        request.changed = True
+        request.output.metrics.first_scheduled_time = event.sequence.first_scheduled_time
+        output = request.output.outputs[event.sequence.index]
+        for position, token in enumerate(event.token_ids):
+            output.token_ids.append(token)
+            request.output.metrics.token_times[output.index].append(event.time)
+            if event.logprobs is not None:
+                self._take_logprobs(output, token, event.logprobs[position])
+            hit = request.texts[output.index].push(token) if request.texts else None
+            if hit is not None:
+                output.finish_reason, output.stop_reason = "stop", hit
+                self.engine.finish(request.output.request_id, output.index, "stop", hit)
+                return
+        if event.finish_reason is not None:
+            output.finish_reason, output.stop_reason = event.finish_reason, event.sequence.stop_reason
+            if request.texts:
+                request.texts[output.index].close()
 
-    def _take(self, token: int, output: CompletionOutput, params: SamplingParams, text: TextStream | None) -> None:
-        """Account for one new token: ids, text, and whether it was the last."""
-        output.token_ids.append(token)
-        hit = text.push(token) if text else None
-        if hit is not None:
-            output.finish_reason, output.stop_reason = "stop", hit
-            return
-        if params.ends_with(token, self.model.config.eos_token_ids):
-            output.finish_reason = "stop"
-            output.stop_reason = token if token in (params.stop_token_ids or ()) else None
-        elif len(output.token_ids) == params.max_tokens:
-            output.finish_reason = "length"
-        if output.finished and text:
-            text.close()
+    def _take_logprobs(self, output: CompletionOutput, token: int, candidates: dict[int, Logprob]) -> None:
+        output.cumulative_logprob = (output.cumulative_logprob or 0.0) + candidates[token].logprob
+        output.logprobs = output.logprobs or []
+        output.logprobs.append({i: _spell(self.tokenizer, i, candidate) for i, candidate in candidates.items()})
+
+    def _forget(self, request: Live) -> None:
+        """Drop a request, aborting what is unfinished of it."""
+        self.engine.abort(request.output.request_id)
+        self._live.pop(request.output.request_id, None)
 
 
-def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _spell(tokenizer: Tokenizer | None, token: int, candidate: Logprob) -> Logprob:
+    return candidate if tokenizer is None else replace(candidate, decoded_token=tokenizer.decode([token]))
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list: a string, a mapping or a sequence of integers is one."""
-    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
+    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

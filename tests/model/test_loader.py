@@ -28,10 +28,10 @@ from minillm.model.loader import (
 from tests.families import FAMILIES, random_model
 
 
-def unpacked(family: str, dtype: torch.dtype = torch.float32) -> Decoder:
+def unpacked(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
     """A decoder with dense weights, as in training."""
     torch.manual_seed(0)
-    model = Decoder(ModelConfig.from_hf(FAMILIES[family])).to(dtype)
+    model = Decoder(ModelConfig.from_hf(FAMILIES[family] | changes)).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.2)
     if model.layers[0].attention.qk_norm is not None:  # one row per query head and one per key head, all the same

@@ -1,0 +1,188 @@
+"""The front door: what vLLM's users expect of generate and stream, token for token and character for character."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from minillm import LLM, SamplingParams
+from minillm.errors import RequestError
+from minillm.generate import generate, prefill
+from minillm.model.loader import save_checkpoint
+from minillm.model.tokenizer import Tokenizer
+from tests.model.test_loader import unpacked
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte: characters beyond ASCII take several, stop strings always do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_checkpoint(unpacked("qwen3", vocab_size=256), path, dtype=torch.float32)
+    return path
+
+
+@pytest.fixture
+def llm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    monkeypatch.setattr("minillm.llm.load_tokenizer", lambda name: byte_tokenizer())
+    llm = LLM(folder, device="cpu", dtype="float32", num_blocks=60, debug=True)
+    yield llm
+    assert not llm.engine.has_unfinished and not llm._live
+    assert llm.engine.pool.num_free == llm.engine.pool.num_usable
+
+
+def test_generate_equals_the_plain_loop_for_every_prompt(llm: LLM) -> None:
+    prompts = ["def f(x):", "import os", "a", [5, 6, 7], {"prompt_token_ids": [9] * 40}]
+    outputs = llm.generate(prompts, GREEDY, progress=False)
+    assert [o.prompt for o in outputs] == ["def f(x):", "import os", "a", None, None]
+    for output in outputs:
+        alone = list(generate(llm.engine.model, output.prompt_token_ids, GREEDY))
+        completion = output.outputs[0]
+        assert completion.token_ids == alone
+        assert completion.text == llm.tokenizer.decode(alone)
+        assert completion.finish_reason == "length" and completion.stop_reason is None and output.finished
+
+
+def test_one_prompt_needs_no_list(llm: LLM) -> None:
+    assert len(llm.generate("a", GREEDY, progress=False)) == 1
+    assert len(llm.generate([1, 2], GREEDY, progress=False)) == 1
+    assert llm.generate([], GREEDY, progress=False) == []
+
+
+def test_metrics_come_from_the_clock_of_the_run(llm: LLM) -> None:
+    metrics = llm.generate("abc", GREEDY, progress=False)[0].metrics
+    assert len(metrics.token_times[0]) == 12 and len(metrics.itl) == 11
+    assert 0 < metrics.queue_time < metrics.ttft < metrics.e2el
+    assert metrics.tpot == pytest.approx((metrics.e2el - metrics.ttft) / 11)
+
+
+def test_stream_shows_every_character_once(llm: LLM) -> None:
+    final = llm.generate("abc", GREEDY, progress=False)[0].outputs[0]
+    deltas, lengths = [], []
+    for output in llm.stream("abc", GREEDY):
+        deltas.append(output.outputs[0].delta)
+        lengths.append(len(output.outputs[0].token_ids))
+    assert "".join(deltas) == final.text
+    assert lengths == list(range(1, 13))
+
+
+def test_streams_and_generate_share_one_engine(llm: LLM) -> None:
+    """A stream that is half read, a second stream, and a generate call in between: nobody loses a token."""
+    expected = [llm.generate(p, GREEDY, progress=False)[0].outputs[0].text for p in ("abc", "xyz", "123")]
+    first, second = llm.stream("abc", GREEDY), llm.stream("xyz", GREEDY)
+    shown = {"abc": next(first).outputs[0].delta, "xyz": next(second).outputs[0].delta}
+    assert llm.generate("123", GREEDY, progress=False)[0].outputs[0].text == expected[2]
+    for stream in (second, first):
+        for output in stream:
+            shown[output.prompt] += output.outputs[0].delta
+    assert [shown["abc"], shown["xyz"]] == expected[:2]
+
+
+def test_leaving_a_stream_frees_everything(llm: LLM) -> None:
+    for output in llm.stream(["abc", "xyz"], replace(GREEDY, n=2)):
+        assert not output.finished
+        break
+    assert not llm.engine.has_unfinished
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_stop_strings_end_the_text_before_them(llm: LLM, length: int) -> None:
+    """Whatever part of the known text is made the stop string, the text is what stands before its first occurrence,
+    and a stream never shows a part of it."""
+    full = llm.generate("q", replace(GREEDY, max_tokens=40), progress=False)[0].outputs[0].text
+    start = next(i for i in range(5, len(full)) if "\ufffd" not in full[i : i + length])
+    stop = full[start : start + length]
+    params = replace(GREEDY, max_tokens=40, stop=["never seen", stop])
+    shown = "".join(output.outputs[0].delta for output in llm.stream("q", params))
+    result = llm.generate("q", params, progress=False)[0].outputs[0]
+    assert shown == result.text == full[: full.index(stop)]
+    assert result.finish_reason == "stop" and result.stop_reason == stop
+    assert len(result.token_ids) < 40
+
+
+def test_stop_token_is_reported(llm: LLM) -> None:
+    plain = llm.generate("q", GREEDY, progress=False)[0].outputs[0].token_ids
+    result = llm.generate("q", replace(GREEDY, stop_token_ids=[plain[4]]), progress=False)[0].outputs[0]
+    cut = plain.index(plain[4]) + 1
+    assert result.token_ids == plain[:cut] and result.finish_reason == "stop" and result.stop_reason == plain[4]
+
+
+def test_several_completions_differ_and_repeat(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=7, max_tokens=10, ignore_eos=True, temperature=2.0)
+    first, again = (llm.generate("abc", params, progress=False)[0] for _ in range(2))
+    tokens = [output.token_ids for output in first.outputs]
+    assert [output.index for output in first.outputs] == [0, 1, 2]
+    assert len({tuple(t) for t in tokens}) == 3
+    assert tokens == [output.token_ids for output in again.outputs]
+    for output in first.outputs:
+        alone = generate(llm.engine.model, first.prompt_token_ids, params, sample_index=output.index)
+        assert output.token_ids == list(alone)
+
+
+def test_parameters_per_prompt(llm: LLM) -> None:
+    outputs = llm.generate(["a", "b"], [replace(GREEDY, max_tokens=3), replace(GREEDY, max_tokens=5)], progress=False)
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [3, 5]
+    with pytest.raises(RequestError, match="2 prompts, but 1 sampling_params"):
+        llm.generate(["a", "b"], [GREEDY])
+
+
+def test_logprobs_are_those_of_the_raw_logits(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.5, top_k=5, seed=3, max_tokens=4, logprobs=2, ignore_eos=True)
+    output = llm.generate("abc", params, progress=False)[0]
+    result = output.outputs[0]
+    total, tokens = 0.0, list(output.prompt_token_ids)
+    for token, candidates in zip(result.token_ids, result.logprobs, strict=True):
+        logits, _ = prefill(llm.engine.model, tokens)
+        expected = logits.log_softmax(-1)
+        best = expected.topk(2).indices.tolist()
+        assert set(candidates) == {token, *best}
+        for candidate, entry in candidates.items():
+            assert entry.logprob == pytest.approx(float(expected[candidate]), abs=1e-4)
+            assert entry.rank == int((expected > expected[candidate]).sum()) + 1
+            assert entry.decoded_token == llm.tokenizer.decode([candidate])
+        total += float(expected[token])
+        tokens.append(token)
+    assert result.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="prompt is empty"):
+        llm.generate(["fine", ""], GREEDY)
+    with pytest.raises(RequestError, match=r"need 515 positions; the model has 512"):
+        llm.generate("a" * 504, GREEDY)
+    assert llm.generate("fine", GREEDY, progress=False)[0].finished
+
+
+def test_without_a_tokenizer_only_token_ids_go_in() -> None:
+    llm = LLM.__new__(LLM)
+    llm.tokenizer = None
+    with pytest.raises(RequestError, match=r"no tokenizer\. Give token ids"):
+        llm._encode("text")
+    assert llm._encode([1, 2]) == (None, [1, 2])
+
+
+def test_random_model_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minillm.model import shapes
+
+    small = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=64, head_dim=8)
+    monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["qwen3-0.6b"] | small)
+    llm = LLM("random:small", device="cpu", num_blocks=10)
+    result = llm.generate([1, 2, 3], GREEDY, progress=False)[0].outputs[0]
+    assert result.text == "" and len(result.token_ids) == 12
+    with pytest.raises(RequestError, match="Stop strings need a tokenizer"):
+        llm.generate([1, 2, 3], replace(GREEDY, stop="a"))
