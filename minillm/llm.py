@@ -10,6 +10,7 @@ The engine behind it knows token ids only. Here they become text, and here stop 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,10 +107,13 @@ class LLM:
 
         It is the same object each time: copy what you want to keep. Leaving the loop early aborts the requests.
         """
+        shown: Counter[tuple[str, int]] = Counter()  # characters by completion
         for request in self._run(self._add_all(prompts, sampling_params)):
-            yield request.output
             for output in request.output.outputs:
-                output.delta = ""
+                key = request.output.request_id, output.index
+                output.delta = output.text[shown[key] :]
+                shown[key] = len(output.text)
+            yield request.output
 
     def _run(self, requests: list[Live]) -> Iterator[Live]:
         """Step the engine until these requests are finished, yielding each that has changed.

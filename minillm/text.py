@@ -37,7 +37,6 @@ class TextStream:
 
     def _show(self, text: str, *, held: str) -> None:
         self.output.text += text
-        self.output.delta += text
         self._held = held
 
 
