@@ -1,0 +1,108 @@
+"""One hand for every figure: what a colour means, and how a figure of this project looks.
+
+A colour has one meaning, and position, hatch or a letter always says the same thing again, so that a figure survives
+greyscale and colour blindness. The colours are Petroff's ten (arXiv:2107.02270); their copy here serves versions of
+matplotlib that do not ship them.
+
+Figures are made without pyplot: no global state, no window, safe in threads. Decorate what draws one with `@SHEET`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
+
+PETROFF10 = (
+    *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
+    *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
+)
+
+PREFILL = PETROFF10[0]  # blue
+DECODE = PETROFF10[1]  # amber; also recovered and bonus tokens
+REJECTED = PETROFF10[2]  # red slash on white
+DRAFT = PETROFF10[4]  # violet; also verified
+KV_CACHE = PETROFF10[6]  # orange, hatched
+SHARED = PETROFF10[7]  # sand, dotted, with a reference count
+WEIGHTS = PETROFF10[8]  # grey
+ACTIVATIONS = PETROFF10[9]  # pale cyan
+KV_HATCH, SHARED_HATCH = "///", "..."
+
+INK, QUIET = "#24292f", "#6a6f7a"  # text and axes; what matters less
+PREFILL_INK, DECODE_INK = "#1b66ab", "#9a6100"  # the same hues, dark enough to be read as text on white
+
+WIDTH, MARGIN = 8.2, 0.3  # inches: 900 pixels at 110 dpi, and the air left and right
+SMALL, NORMAL = 8, 9  # points
+
+_SHEET: Any = {  # names of rcParams; their type differs between versions of matplotlib
+    "figure.dpi": 110,
+    "savefig.dpi": 110,
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",
+    "font.size": NORMAL,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.labelsize": NORMAL,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL,
+    "hatch.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": SMALL,
+    "lines.linewidth": 1.6,
+}
+SHEET = rc_context(_SHEET)
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure of the course's width; height in inches."""
+    return Figure(figsize=(WIDTH, height))
+
+
+def add_row(figure: Figure, *, top: float, height: float) -> Axes:
+    """Axes of the full width between the course's margins, `top` inches below the figure's upper edge."""
+    full = figure.get_figheight()
+    return figure.add_axes((MARGIN / WIDTH, 1 - (top + height) / full, 1 - 2 * MARGIN / WIDTH, height / full))
+
+
+def add_title(figure: Figure, text: str) -> None:
+    """What the figure says, in one line above everything else."""
+    full = figure.get_figheight()
+    figure.text(MARGIN / WIDTH, 1 - 0.12 / full, text, ha="left", va="top", weight="bold", size=11)
+
+
+def bare(axes: Axes, *, keep: str = "") -> None:
+    """Take off spines and ticks that say nothing. `keep` names the sides that stay: any of "left", "bottom"."""
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in keep)
+    if "left" not in keep:
+        axes.set_yticks([])
+    if "bottom" not in keep:
+        axes.set_xticks([])
+
+
+def points_per_unit(axes: Axes) -> float:
+    """Points on paper per unit of the x axis, to tell what fits where."""
+    low, high = axes.get_xlim()
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return 72 * figure.get_figwidth() * axes.get_position().width / (high - low)
+
+
+def text_width(text: str, size: float = SMALL) -> float:
+    """How wide a text gets, in points; the largest line counts."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return max((float(TextPath((0, 0), line, size=size).get_extents().width) for line in lines), default=0.0)
