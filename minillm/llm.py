@@ -122,13 +122,15 @@ class LLM:
         """
         try:
             while True:
-                for request in [request for request in requests if request.changed]:
-                    request.changed = False
-                    yield request
-                if all(request.output.finished for request in requests):
+                if changed := [request for request in requests if request.changed]:
+                    for request in changed:
+                        request.changed = False
+                        yield request
+                elif all(request.output.finished for request in requests):
                     return
-                for event in self.engine.step():
-                    self._take(event)
+                else:
+                    for event in self.engine.step():
+                        self._take(event)
         finally:
             for request in requests:
                 self._forget(request)
