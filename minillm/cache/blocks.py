@@ -237,8 +237,8 @@ class BlockPool:
         held = Counter(index for table in tables for index in table.blocks)
         ensure(held[DUMMY_BLOCK] == 0 and DUMMY_BLOCK not in self._free, "the dummy block belongs to nobody")
         for block in self.blocks:
-            ensure(block.ref_count == held[block.id], f"{block}: reference count, but {held[block.id]} tables hold it")
-            ensure(block.prefix is None or self._cached.get(block.prefix) is block, f"{block}: stale name")
+            ensure(block.ref_count == held[block.id], f"block {block.id} counts the tables that hold it")
+            ensure(block.prefix is None or self._cached.get(block.prefix) is block, f"block {block.id} is known by name")
         ensure(
             set(self._free) == {b.id for b in self.blocks[1:] if b.ref_count == 0},
             "the free list is the set of blocks that nobody holds",
@@ -252,10 +252,10 @@ class BlockPool:
         prefix = table.prefix
         for index in reversed(range(table.num_hashed)):
             carried = self.blocks[table.blocks[index]].prefix
-            ensure(carried in (None, prefix), f"block {table.blocks[index]} has another name than its table gives it")
-            ensure(prefix.parent is not None, f"{table}: fewer names than hashed blocks")
+            ensure(carried in (None, prefix), "a block has the name that its table gives it, or none")
+            ensure(prefix.parent is not None, "a table has a name for each hashed block")
             prefix = prefix.parent or prefix
-        ensure(prefix.parent is None, f"{table}: more names than hashed blocks")
+        ensure(prefix.parent is None, "a table has no names beyond its hashed blocks")
 
 
 def ensure(holds: bool, what: str) -> None:

@@ -141,6 +141,7 @@ class Engine:
         clock = [time.perf_counter()]
         plan = self.scheduler.schedule()
         clock.append(time.perf_counter())
+        self._check()
         try:
             batch = Batch.pack(plan, self.pool.block_size, self.model.device)
             clock.append(time.perf_counter())
@@ -153,9 +154,12 @@ class Engine:
         events = self._commit(plan, drawn, clock)
         clock.append(time.perf_counter())
         self.trace.append(self._record(plan, sequences, clock))
+        self._check()
+        return events
+
+    def _check(self) -> None:
         if self.config.debug:
             self.scheduler.check()
-        return events
 
     def _commit(self, plan: StepPlan, drawn: Drawn, clock: list[float]) -> list[TokenEvent]:
         """Hand the drawn tokens to their sequences and tell who got one."""
