@@ -37,7 +37,7 @@ def request_timeline(metrics: RequestMetrics, *, prompt_tokens: int, texts: Sequ
     times = [1e3 * (time - metrics.arrival_time) for time in metrics.token_times[0]]  # ms since arrival
     labels = [_visible(text) for text in texts[: len(times)]]
     steps = list(pairwise(times))
-    magnified = 0 if _fit(labels, steps, (0, times[-1])) else _magnifiable(labels, steps)
+    magnified = 0 if _all_fit(labels, steps, (0, times[-1])) else _magnifiable(labels, steps)
     figure = style.new_figure(3.4 if magnified else 2.2)
     style.add_title(figure, _title(prompt_tokens, len(times)))
     axes = _strip(figure, (0, times[-1]), top=0.95, height=0.85)
@@ -67,19 +67,20 @@ def _visible(text: str) -> str:
     return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
 
 
-def _fit(labels: Sequence[str], steps: Sequence[Step], window: Step) -> bool:
+def _all_fit(labels: Sequence[str], steps: Sequence[Step], window: Step) -> bool:
     """Whether each decode step, drawn over this window, is wide enough for its label. No labels always fit."""
     points = 72 * (style.WIDTH - 2 * style.MARGIN) / (window[1] - window[0])
-    return all(
-        style.text_width(label) + AIR <= points * (end - start)
-        for label, (start, end) in zip(labels[1:], steps, strict=False)
-    )
+    return all(_fits(label, points * (end - start)) for label, (start, end) in zip(labels[1:], steps, strict=False))
+
+
+def _fits(label: str, points: float) -> bool:
+    return style.text_width(label) + AIR <= points
 
 
 def _magnifiable(labels: Sequence[str], steps: Sequence[Step]) -> int:
     """How many of the first steps can be drawn wide enough for their labels; 0 where it would not be worth it."""
     for count in range(min(MOST, len(steps)), FEWEST - 1, -1):
-        if _fit(labels[: count + 1], steps[:count], _window(steps[:count])):
+        if _all_fit(labels[: count + 1], steps[:count], _window(steps[:count])):
             return count
     return 0
 
@@ -137,8 +138,11 @@ def _draw_span(axes: Axes, span: Step, lines: list[str], color: str) -> None:
 
 
 def _write_labels(axes: Axes, steps: Sequence[Step], labels: Sequence[str], color: str = style.INK) -> None:
+    """Each label in the middle of its step, but for those that would stick out of it."""
+    scale = style.points_per_unit(axes)
     for (start, end), label in zip(steps, labels, strict=False):
-        axes.text((start + end) / 2, 0.5, label, color=color, size=style.SMALL, ha="center", va="center_baseline")
+        if _fits(label, scale * (end - start)):
+            axes.text((start + end) / 2, 0.5, label, color=color, size=style.SMALL, ha="center", va="center_baseline")
 
 
 def _magnify(figure: Figure, whole: Axes, steps: Sequence[Step], labels: Sequence[str]) -> None:
