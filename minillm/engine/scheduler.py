@@ -67,11 +67,6 @@ class StepPlan:
         self.scheduled[sequence] = Scheduled(sequence, num_tokens, copies, samplers)
         self.budget -= num_tokens
 
-    def discard(self, sequence: Sequence) -> None:
-        """Take a sequence out again, if it is in."""
-        part = self.scheduled.pop(sequence, None)
-        self.budget += part.num_tokens if part else 0
-
 
 class Scheduler:
     """Holds every unfinished sequence, running (with blocks) or waiting (without).
@@ -127,9 +122,11 @@ class Scheduler:
                 self._preempt_youngest(plan)
 
     def _preempt_youngest(self, plan: StepPlan) -> None:
-        """Move the youngest running sequence back to the head of the queue: it keeps its tokens, not its blocks."""
+        """Move the youngest running sequence back to the head of the queue: it keeps its tokens, not its blocks.
+
+        It is not in the plan yet: older ones come first, and those that are behind have all their blocks already.
+        """
         victim = self.running.pop()
-        plan.discard(victim)
         plan.preempted.append(victim)
         self.pool.release(victim.table)
         victim.num_computed = 0
@@ -246,6 +243,7 @@ class Scheduler:
         num_tokens = sum(part.num_tokens for part in plan.scheduled.values())
         ensure(num_tokens + plan.budget == self.config.max_num_batched_tokens, "the budget adds up")
         ensure(plan.budget >= 0 and bool(plan.scheduled or not self.num_unfinished), "somebody gets on")
+        ensure(not any(sequence in plan.scheduled for sequence in plan.preempted), "the preempted are not scheduled")
         for sequence, part in plan.scheduled.items():
             end = sequence.num_computed + part.num_tokens
             ensure(part.num_tokens > 0 and end <= sequence.num_tokens, f"{sequence.order} computes tokens that it has")

@@ -18,7 +18,7 @@ from minillm.engine.runner import Drawn
 from minillm.sampling import SamplingParams
 from tests.engine.workloads import EOS, VOCAB, Completions, Workload
 
-CONFIG = ModelConfig("LlamaForCausalLM", VOCAB, 8, 8, 1, 1, 1, 2, max_position_embeddings=4096, eos_token_ids=(EOS,))
+CONFIG = ModelConfig("LlamaForCausalLM", VOCAB, 8, 8, 1, 1, 1, 2, max_position_embeddings=256, eos_token_ids=(EOS,))
 
 
 class ScriptedRunner:
