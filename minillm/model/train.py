@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import ConfigError
-from minillm.model.bpe import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer, train_tokenizer
-from minillm.model.corpus import held_out_texts, training_documents
+from minillm.model.batches import TrainingData, batch, count_windows, prepare, windows
+from minillm.model.bpe import END_OF_TEXT_ID, save_tokenizer
+from minillm.model.card import Facts, machine_name, plot_losses, write_card
 from minillm.model.decoder import Decoder
 from minillm.model.loader import save_checkpoint
 from minillm.model.optimizer import make_optimizers, tie_head_norms
@@ -39,7 +40,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=256, intermediate_size=768, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=64),
     "tiny-draft": dict(hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64),
 }
-HELD_OUT_BYTES = 200_000
 
 LossFunction = Callable[[Decoder, Tensor], Tensor]
 
@@ -53,7 +53,7 @@ class TrainConfig:
     work: Path  # tokenizer, tokens and the resumable checkpoint; runs that share it share the tokenizer
     minutes: float = 60.0
     seed: int = 0
-    batch_tokens: int = 8192
+    batch_tokens: int = 4096
     length: int = 512
     long_length: int = 2048
     long_share: float = 0.12
@@ -80,11 +80,11 @@ class TrainConfig:
             )
 
     def model_config(self, vocab_size: int) -> ModelConfig:
+        """The Qwen3 config of this shape, for a tokenizer of that size."""
         return ModelConfig(
             architecture="Qwen3ForCausalLM",
             vocab_size=vocab_size,
             max_position_embeddings=self.long_length,
-            rope_theta=10000.0,
             tie_word_embeddings=True,
             qk_norm=True,
             eos_token_ids=(END_OF_TEXT_ID,),
@@ -103,24 +103,28 @@ class History:
     held_out_losses: list[tuple[int, float]] = field(default_factory=list)
 
 
-def train(config: TrainConfig, *, progress: bool = True) -> History:
-    """Train to the end of the budget, or go on where an earlier run with the same `work` stopped; write `out`."""
-    tokenizer = load_or_make_tokenizer(config.work)
-    tokens = load_or_make_tokens(config.work, tokenizer)
-    held_out = held_out_rows(tokenizer, config.length)
-    run = Run(config, tokenizer.get_vocab_size())
+def train(config: TrainConfig, *, command: str, plot: Path | None = None, progress: bool = True) -> History:
+    """Train to the end of the budget, or go on where an earlier run with the same `work` stopped; write `out`.
+
+    command: what a reader types to repeat this, for the model card. plot: a picture file for the loss curves.
+    """
+    data = prepare(config.work)
+    held_out = windows(data.held_out, config.length, range(count_windows(data.held_out, config.length)))
+    run = Run(config, data.tokenizer.get_vocab_size())
     run.resume()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task(config.shape, total=1.0)
         while run.progress() < 1:
-            run.train_step(tokens)
+            run.train_step(data.tokens)
             if run.history.step % config.report_every == 0:
                 run.evaluate(held_out)
             bar.update(task, completed=run.progress(), description=run.describe())
     run.evaluate(held_out)
     run.save()
-    export(run, tokenizer)
+    export(run, data, command)
+    if plot is not None:
+        plot_losses(run.history.train_losses, run.history.held_out_losses, plot)
     return run.history
 
 
@@ -142,7 +146,11 @@ class Run:
 
     def progress(self) -> float:
         """The share of the time budget that has passed, in this process and the ones before it."""
-        return min(1.0, self._seconds() / (60 * self.config.minutes))
+        return min(1.0, self.seconds() / (60 * self.config.minutes))
+
+    def seconds(self) -> float:
+        """Time spent on this run, in this process and the ones before it."""
+        return self.history.seconds + time.monotonic() - self._started
 
     def train_step(self, tokens: np.ndarray) -> None:
         """One batch forward and backward, one update; a checkpoint if the last one is old."""
@@ -153,42 +161,43 @@ class Run:
         loss.backward()
         tie_head_norms(self.model)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        factor = rate_factor(progress, self.history.step, config)
-        for optimizer, rate in zip(self.optimizers, (config.matrix_rate, config.vector_rate), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * factor
-            optimizer.step()
-            optimizer.zero_grad()
+        self._update(rate_factor(progress, self.history.step, config))
         self.history.step += 1
         self.history.tokens += config.batch_tokens
         self.history.train_losses.append((self.history.step, loss.item()))
         if time.monotonic() - self._saved > config.checkpoint_seconds:
             self.save()
 
-    def evaluate(self, held_out: Tensor) -> float:
-        """Held-out loss in nats per token; kept in the history."""
-        loss = mean_loss(self.model, held_out, self.config.device)
-        self.history.held_out_losses.append((self.history.step, loss))
+    def _update(self, factor: float) -> None:
+        peaks = (self.config.matrix_rate, self.config.vector_rate)
+        for optimizer, peak in zip(self.optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def evaluate(self, held_out: Tensor) -> None:
+        """Add the loss on rows [n, length + 1] to the history."""
+        self.history.held_out_losses.append((self.history.step, mean_loss(self.model, held_out.to(self.config.device))))
         log.info("%s", self.describe())
-        return loss
 
     def describe(self) -> str:
+        """One line about where the run is."""
         history = self.history
         recent = [loss for _, loss in history.train_losses[-50:]]
         train_loss = sum(recent) / max(1, len(recent))
         held_out = f"{history.held_out_losses[-1][1]:.3f}" if history.held_out_losses else "-"
-        speed = history.tokens / max(1e-9, self._seconds())
+        speed = history.tokens / max(1e-9, self.seconds())
         return f"step {history.step}  loss {train_loss:.3f}  held out {held_out}  {speed / 1000:.1f}k tokens/s"
 
     def save(self) -> None:
         """Write the resumable checkpoint. It replaces the last one in one move, so a kill never leaves half a file."""
-        self.history.seconds, self._started = self._seconds(), time.monotonic()
+        self.history.seconds, self._started = self.seconds(), time.monotonic()
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "history": vars(self.history),
         }
-        self._path().parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path().with_suffix(".new")
         torch.save(state, temporary)
         os.replace(temporary, self._path())
@@ -207,9 +216,6 @@ class Run:
     def _path(self) -> Path:
         return self.config.work / f"{self.config.shape}.pt"
 
-    def _seconds(self) -> float:
-        return self.history.seconds + time.monotonic() - self._started
-
 
 def row_loss(model: Decoder, rows: Tensor) -> Tensor:
     """Mean cross entropy, in nats, of predicting rows[:, 1:] from rows[:, :-1]; rows [batch, length + 1] int64."""
@@ -219,8 +225,7 @@ def row_loss(model: Decoder, rows: Tensor) -> Tensor:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = q.shape[1] // k.shape[1]
-        heads = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        q, k, v = heads
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return mixed.transpose(1, 2).flatten(0, 1)
@@ -228,6 +233,13 @@ def row_loss(model: Decoder, rows: Tensor) -> Tensor:
     with torch.autocast(rows.device.type, torch.bfloat16):
         logits = model.logits(model(inputs.reshape(-1), positions, attend))
     return F.cross_entropy(logits, targets.reshape(-1))
+
+
+@torch.no_grad()
+def mean_loss(model: Decoder, rows: Tensor, count: int = 8) -> float:
+    """The mean of `row_loss` over rows [n, length + 1], `count` rows at a time."""
+    losses = [row_loss(model, part) * len(part) for part in rows.split(count)]
+    return float(torch.stack(losses).sum() / len(rows))
 
 
 def compiled(function: LossFunction) -> LossFunction:
@@ -264,60 +276,25 @@ def rate_factor(progress: float, step: int, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / config.warmup_steps, (1 - progress) / config.decay_share)
 
 
-def batch(tokens: np.ndarray, step: int, length: int, count: int, seed: int) -> Tensor:
-    """Rows [count, length + 1] of the packed tokens for one step; a pure function, so a resumed run needs no state.
-
-    Each pass cuts the text into windows and visits all of them once, in an order drawn from (seed, pass).
-    """
-    windows = (len(tokens) - 1) // length
-    steps_per_pass = max(1, windows // count)
-    order = np.random.default_rng((seed, step // steps_per_pass)).permutation(windows)
-    start = step % steps_per_pass * count
-    rows = [tokens[w * length : w * length + length + 1] for w in order[start : start + count]]
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-
-@torch.no_grad()
-def mean_loss(model: Decoder, rows: Tensor, device: str, count: int = 8) -> float:
-    """Mean loss over rows [n, length + 1], in nats per token."""
-    losses = [row_loss(model, part.to(device)) * len(part) for part in rows.split(count)]
-    return float(torch.stack(losses).sum() / len(rows))
-
-
-def held_out_rows(tokenizer: Tokenizer, length: int) -> Tensor:
-    """The held-out texts, packed and cut to rows [n, length + 1]."""
-    packed = pack(tokenizer, held_out_texts(HELD_OUT_BYTES)).astype(np.int64)
-    count = (len(packed) - 1) // length
-    return torch.from_numpy(np.stack([packed[i * length : i * length + length + 1] for i in range(count)]))
-
-
-def pack(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
-    """All texts as one row of token ids (uint16), <|endoftext|> after each."""
-    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return np.concatenate([np.array([*encoding.ids, END_OF_TEXT_ID], dtype=np.uint16) for encoding in encodings])
-
-
-def load_or_make_tokenizer(work: Path) -> Tokenizer:
-    """The tokenizer in `work`, trained on the corpus if it is not there yet."""
-    path = work / "tokenizer.json"
-    if not path.exists():
-        log.info("training the tokenizer")
-        save_tokenizer(train_tokenizer((d.text for d in training_documents()), VOCAB_SIZE), work, 2048)
-    return Tokenizer.from_file(str(path))
-
-
-def load_or_make_tokens(work: Path, tokenizer: Tokenizer, seed: int = 0) -> np.ndarray:
-    """The corpus as tokens, documents in an order drawn from `seed`; made once, then read from `work`."""
-    path = work / "tokens.npy"
-    if not path.exists():
-        log.info("encoding the corpus")
-        documents = training_documents()
-        order = np.random.default_rng(seed).permutation(len(documents))
-        np.save(path, pack(tokenizer, (documents[i].text for i in order)))
-    return np.load(path, mmap_mode="r")
-
-
-def export(run: Run, tokenizer: Tokenizer) -> None:
-    """Write the Hugging Face folder: weights in bfloat16, config, tokenizer."""
-    save_checkpoint(run.model, run.config.out)
-    save_tokenizer(tokenizer, run.config.out, run.config.long_length)
+def export(run: Run, data: TrainingData, command: str) -> None:
+    """Write the Hugging Face folder: weights in bfloat16, config, tokenizer, model card."""
+    folder, history = run.config.out, run.history
+    save_checkpoint(run.model, folder)
+    save_tokenizer(data.tokenizer, folder, run.config.long_length)
+    facts = Facts(
+        name=run.config.shape,
+        config=run.model.config,
+        parameters=sum(weight.numel() for weight in run.model.parameters()),
+        command=command,
+        documents=data.documents,
+        corpus_bytes=data.corpus_bytes,
+        corpus_tokens=len(data.tokens),
+        steps=history.step,
+        tokens=history.tokens,
+        minutes=run.seconds() / 60,
+        held_out_loss=history.held_out_losses[-1][1],
+        held_out_bytes_per_token=data.held_out_bytes / len(data.held_out),
+        python=f"Python {platform.python_version()}",
+        machine=machine_name(),
+    )
+    write_card(facts, folder)

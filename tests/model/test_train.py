@@ -15,12 +15,13 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import ConfigError
-from minillm.model import corpus, train
+from minillm.model import batches, corpus, train
+from minillm.model.batches import batch, pack, prepare
 from minillm.model.bpe import END_OF_TEXT_ID, train_tokenizer
 from minillm.model.decoder import Decoder
 from minillm.model.loader import load_model
 from minillm.model.optimizer import Muon, make_optimizers, orthogonalize, tie_head_norms
-from minillm.model.train import Run, TrainConfig, batch, initialize, pack, rate_factor, row_loss
+from minillm.model.train import Run, TrainConfig, initialize, rate_factor, row_loss
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 LINES = [f"def f{i}(x):\n    return x + {i}\n" for i in range(300)]
@@ -31,9 +32,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """A run on a small model and a small corpus: everything but the size is real."""
     monkeypatch.setitem(train.SHAPES, "small", SHAPE)
     documents = [corpus.Document(f"lines/{i}.py", line) for i, line in enumerate(LINES)]
-    monkeypatch.setattr(train, "training_documents", lambda: documents)
-    monkeypatch.setattr(train, "held_out_texts", lambda max_bytes: LINES[:40])
-    monkeypatch.setattr(train, "VOCAB_SIZE", 300)
+    monkeypatch.setattr(batches, "training_documents", lambda: documents)
+    monkeypatch.setattr(batches, "held_out_texts", lambda max_bytes: LINES[:40])
+    monkeypatch.setattr(batches, "VOCAB_SIZE", 300)
     return TrainConfig(
         shape="small",
         out=tmp_path / "out",
@@ -267,11 +268,13 @@ def test_every_weight_has_one_optimizer() -> None:
 # ---------------------------------------------------------------- whole runs
 
 
-def test_training_learns_and_writes_a_loadable_folder(small: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_learns_and_writes_a_loadable_folder(
+    small: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stepped_clock(monkeypatch, seconds=15)
-    history = train.train(small, progress=False)
+    history = train.train(small, command="the command", plot=tmp_path / "loss.png", progress=False)
     assert history.tokens == history.step * 256 > 0
     assert history.held_out_losses[-1][1] < 3.5 < history.train_losses[0][1]
     ids = AutoTokenizer.from_pretrained(small.out)("def f1(x):", return_tensors="pt").input_ids
@@ -279,12 +282,15 @@ def test_training_learns_and_writes_a_loadable_folder(small: TrainConfig, monkey
     ours = load_model(small.out, dtype="float32", progress=False)
     assert ours.config.eos_token_ids == (END_OF_TEXT_ID,)
     assert theirs.shape[-1] == ours.config.vocab_size
+    card = (small.out / "README.md").read_text()
+    loss = f"{history.held_out_losses[-1][1]:.3f} nats per token"
+    assert all(fact in card for fact in ("the command", f"{history.step:,} steps", f"{history.tokens:,} tokens", loss))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_stopped_run_goes_on_where_it_was(small: TrainConfig) -> None:
     """Ten steps in one go and six plus four in two processes leave the same weights."""
-    tokenizer = train.load_or_make_tokenizer(small.work)
-    tokens = train.load_or_make_tokens(small.work, tokenizer)
+    tokens = prepare(small.work).tokens
     config = dataclasses.replace(small, minutes=10**9, checkpoint_seconds=10**9)
     whole = Run(config, 300)
     for _ in range(10):
@@ -304,7 +310,7 @@ def test_a_stopped_run_goes_on_where_it_was(small: TrainConfig) -> None:
 
 
 def test_the_norms_of_all_heads_stay_one_weight(small: TrainConfig) -> None:
-    tokens = train.load_or_make_tokens(small.work, train.load_or_make_tokenizer(small.work))
+    tokens = prepare(small.work).tokens
     run = Run(small, 300)
     for _ in range(5):
         run.train_step(tokens)
