@@ -7,9 +7,12 @@ tensors of a Hugging Face checkpoint make up which tensor of ours: loading and s
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -190,6 +193,7 @@ def assemble(
         with source.open() as read:
             for piece in group:
                 _place(model, piece, read, device, dtype)
+        _return_freed_memory()
     if config.tie_word_embeddings:
         model.head.weight = model.embedding.weight
         model.head.pack()
@@ -208,6 +212,14 @@ def _place(model: Decoder, piece: Piece, read: Read, device: torch.device, dtype
     setattr(module, attribute, nn.Parameter(fused, requires_grad=False))
     if isinstance(module, Linear) and attribute == "weight":
         module.pack()
+
+
+def _return_freed_memory() -> None:
+    """Give what was freed back to the system. Between layers, because glibc keeps it otherwise: the unpacked weights
+    of many layers would pile up as holes between the packed ones (an eighth of the weights for Qwen3-0.6B)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a Linux without glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def save_checkpoint(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
