@@ -62,7 +62,9 @@ def all_logits(model: Decoder, tokens: list[int], chunks: list[int]) -> torch.Te
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("chunks", [[96], [1] * 96, [5, 1, 64, 2, 24], [95, 1]], ids=["whole", "steps", "mixed", "last"])
+@pytest.mark.parametrize(
+    "chunks", [[96], [1] * 96, [5, 1, 64, 2, 24], [95, 1]], ids=["whole", "steps", "mixed", "last"]
+)
 def test_logits_equal_transformers_at_every_position(pair: tuple[Decoder, torch.nn.Module], chunks: list[int]) -> None:
     model, reference = pair
     tokens = random_prompt(96, seed=1)
