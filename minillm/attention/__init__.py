@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from minillm.attention.contiguous import attention
-from minillm.attention.paged import PagedLayout, paged_attention, write_kv
+from minillm.attention.layout import PagedLayout
+from minillm.attention.paged import paged_attention, write_kv
 
 __all__ = ["PagedAttention", "PagedLayout", "attention", "get_backend", "paged_attention", "write_kv"]
 

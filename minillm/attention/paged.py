@@ -1,88 +1,23 @@
-"""Attention over a packed batch whose keys and values live in blocks.
+"""Attention over a packed batch whose keys and values lie in blocks, in PyTorch: the twin of the Triton kernels.
 
-Prefill, chunk, decode and verify are one case with different query lengths: each sequence's queries are the last
-`q_len` of its `kv_len` tokens. K and V of the new tokens are written first, then everything is read through the block
-table. A contiguous cache is the special case of one long block.
+Prefill, chunk, decode and verify are one case with different query lengths: a sequence's queries are the last `q_len`
+of its `kv_len` tokens. K and V of the new tokens are written first, then everything is read through the block table.
+A contiguous cache is the special case of neighbouring blocks, and is then read in place.
+
+Pools are `[kv_heads, num_blocks, block_size, d]`, head-major: what one head gathers lies close together.
+Loses: blocks that are no neighbours are copied into a buffer before they are read, which a GPU kernel need not do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from minillm.attention.contiguous import attention
-from minillm.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class PagedLayout:
-    """Where each token of a packed batch stands: made once per step, read by every layer.
-
-    A slot is `block * block_size + offset`. Block 0 is the dummy block: no sequence owns it, and tokens before
-    position 0 (padding: `kv_len < q_len`) are written there.
-    """
-
-    block_size: int
-    block_tables: Tensor  # [num_seqs, max_blocks] int32, unused entries 0
-    seq_lens: Tensor  # [num_seqs] int32: keys of each sequence after this step's write
-    cu_seqlens_q: Tensor  # [num_seqs + 1] int32: where each sequence's queries begin in the packed batch
-    slot_mapping: Tensor  # [num_tokens] int64: where each new token's K and V go
-    q_lens: tuple[int, ...]  # the same on the host, so that no layer has to wait for the device
-    kv_lens: tuple[int, ...]
-    blocks: tuple[Tensor, ...]  # per sequence the ids of the blocks it really uses, int64
-
-    @classmethod
-    def build(
-        cls,
-        block_tables: Sequence[Sequence[int]],
-        q_lens: Sequence[int],
-        kv_lens: Sequence[int],
-        *,
-        block_size: int,
-        device: torch.device | str = "cpu",
-    ) -> PagedLayout:
-        """Lay out sequences with these block tables, new tokens (`q_lens`) and total tokens (`kv_lens`).
-
-        Tables may be longer than the sequence needs; a table that is too short raises `ConfigError`.
-        """
-        used = [_used_blocks(*sequence, block_size) for sequence in zip(block_tables, kv_lens, strict=True)]
-        slots = [
-            _slot(table, position, block_size)
-            for table, q_len, kv_len in zip(used, q_lens, kv_lens, strict=True)
-            for position in range(kv_len - q_len, kv_len)
-        ]
-        width = max(map(len, used), default=0)
-        padded = [[*table, *[0] * (width - len(table))] for table in used]
-        starts = torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(
-            block_size=block_size,
-            block_tables=torch.tensor(padded, dtype=torch.int32, device=device).view(len(used), width),
-            seq_lens=torch.tensor(kv_lens, dtype=torch.int32, device=device),
-            cu_seqlens_q=starts.to(device),
-            slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
-            q_lens=tuple(q_lens),
-            kv_lens=tuple(kv_lens),
-            blocks=tuple(torch.tensor(table, dtype=torch.int64, device=device) for table in used),
-        )
-
-
-def _used_blocks(table: Sequence[int], kv_len: int, block_size: int) -> list[int]:
-    needed = -(-kv_len // block_size)
-    if len(table) < needed:
-        raise ConfigError(
-            f"A block table of {len(table)} blocks of {block_size} cannot hold {kv_len} tokens; {needed} blocks are "
-            "needed. Allocate blocks before packing the batch."
-        )
-    return list(table[:needed])
-
-
-def _slot(table: Sequence[int], position: int, block_size: int) -> int:
-    """Slot of a token; padding (position < 0) spreads over the dummy block."""
-    block = table[position // block_size] if position >= 0 else 0
-    return block * block_size + position % block_size
+from minillm.attention.grouped import GROUP_BYTES, CpuPlan, attend_groups
+from minillm.attention.layout import PagedLayout, Span
 
 
 def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout) -> None:
@@ -92,6 +27,25 @@ def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: Paged
 
 
 def paged_attention(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout, *, scale: float, sliding_window: int | None = None
+) -> Tensor:
+    """The CPU's way: decodes in groups, the others one by one. q `[num_tokens, heads, d]` -> like q.
+
+    What to group depends on the batch and on the size of a key alone, so the first layer plans for all.
+    """
+    max_keys = GROUP_BYTES // (k_pool.shape[0] * k_pool.shape[3] * k_pool.element_size())
+    plan = layout.memo.get(max_keys) or layout.memo.setdefault(max_keys, CpuPlan.make(layout, max_keys))
+    if not plan.groups:
+        return attend_spans(q, k_pool, v_pool, layout, scale=scale, sliding_window=sliding_window)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    attend_groups(q, k_pool, v_pool, plan, out, scale=scale, sliding_window=sliding_window)
+    for span in plan.spans:
+        k, v = read_span(k_pool, v_pool, span, sliding_window)
+        out[span.queries] = attention(q[span.queries], k, v, scale=scale, sliding_window=sliding_window)
+    return out
+
+
+def attend_spans(
     q: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
@@ -99,14 +53,25 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    kernel: Callable[..., Tensor] = attention,
 ) -> Tensor:
-    """Attention of a packed batch: q `[num_tokens, heads, d]` over pools `[kv_heads, num_blocks, block_size, d]`."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    start = 0
-    for q_len, kv_len, blocks in zip(layout.q_lens, layout.kv_lens, layout.blocks, strict=True):
-        k = k_pool.index_select(1, blocks).flatten(1, 2)[:, :kv_len]
-        v = v_pool.index_select(1, blocks).flatten(1, 2)[:, :kv_len]
-        end = start + q_len
-        out[start:end] = attention(q[start:end], k, v, scale=scale, sliding_window=sliding_window)
-        start = end
-    return out
+    """Sequence by sequence with any `kernel` for one sequence, on any device. q `[num_tokens, heads, d]` -> like q."""
+    outs = []
+    for span in layout.spans:
+        k, v = read_span(k_pool, v_pool, span, sliding_window)
+        outs.append(kernel(q[span.queries], k, v, scale=scale, sliding_window=sliding_window))
+    return outs[0] if len(outs) == 1 else torch.cat([q[:0], *outs])
+
+
+def read_span(k_pool: Tensor, v_pool: Tensor, span: Span, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+    """One sequence's keys and values `[kv_heads, keys, d]`: views if its blocks are neighbours, else copies.
+
+    Keys that a sliding window hides from all of its queries are left out.
+    """
+    q_len = span.queries.stop - span.queries.start
+    first = 0 if sliding_window is None else max(0, span.kv_len - q_len - sliding_window + 1)
+    if isinstance(span.slots, slice):
+        keys = slice(span.slots.start + first, span.slots.stop)
+        return k_pool.flatten(1, 2)[:, keys], v_pool.flatten(1, 2)[:, keys]
+    slots = span.slots[first:]
+    return k_pool.flatten(1, 2).index_select(1, slots), v_pool.flatten(1, 2).index_select(1, slots)
