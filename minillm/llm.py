@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
 from minillm.config import EngineConfig
@@ -91,7 +92,7 @@ class LLM:
         """
         requests = self._add_all(prompts, sampling_params)
         total = sum(len(request.output.outputs) for request in requests)
-        with Progress(transient=True, disable=not progress) as bar:
+        with Progress(transient=True, disable=not progress, console=Console(stderr=True)) as bar:
             task = bar.add_task("Generating", total=total)
             for _ in self._run(requests):
                 done = sum(output.finished for request in requests for output in request.output.outputs)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -188,7 +189,8 @@ def assemble(
     """Build a decoder from a source of tensors, group by group; see the module's docstring for why."""
     with torch.device("meta"):
         model = Decoder(config)
-    groups = track(layout(config), "Loading weights", transient=True, disable=not progress)
+    console = Console(stderr=True)  # stdout is for results
+    groups = track(layout(config), "Loading weights", transient=True, disable=not progress, console=console)
     for group in groups:
         with source.open() as read:
             for piece in group:
