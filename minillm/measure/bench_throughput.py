@@ -1,0 +1,201 @@
+"""`minillm bench throughput`: how many tokens per second leave when all requests are there at once, and against whom.
+
+Everybody serves the same requests in the same rounds; the speed-up is the ratio of the times of one round. What counts
+is what was asked for: a static batch that runs on until its longest request is done is not paid for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+
+from minillm.config import ModelConfig
+from minillm.engine.engine import Engine
+from minillm.errors import MinillmError
+from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
+from minillm.measure.bench_serve import ServeRun, serve
+from minillm.measure.bench_subjects import TransformersSubject
+from minillm.measure.summary import engine_summary
+from minillm.measure.workloads import Request
+
+OURS, GENERATE, CONTINUOUS = "minillm", "transformers generate", "transformers continuous"
+PAGE = 256  # tokens per block of transformers' paged cache: its default
+
+
+class Server(Protocol):
+    """Something that takes requests and is done when all their tokens are there."""
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Serve all requests. Raises `MinillmError` if a token is missing."""
+        ...
+
+
+class MinillmServer:
+    """This project's engine. Each run has a salt of its own, so that none is served from the KV of another."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.runs: list[ServeRun] = []
+        self._salts = count()
+
+    def run(self, requests: Sequence[Request]) -> None:
+        run = serve(self.engine, requests, salt=next(self._salts))
+        self.runs.append(run)
+        _check(OURS, requests, [len(served.token_times) for served in run.served])
+
+
+class TransformersGenerate:
+    """`model.generate` on static batches of `batch_size` requests, padded on the left, in the order given.
+
+    A batch runs until its longest request is done, as everybody's who uses it this way.
+    """
+
+    def __init__(self, model: Any, batch_size: int) -> None:
+        self.model, self.batch_size = model, batch_size
+
+    def run(self, requests: Sequence[Request]) -> None:
+        for start in range(0, len(requests), self.batch_size):
+            self._batch(requests[start : start + self.batch_size])
+
+    @torch.inference_mode()
+    def _batch(self, requests: Sequence[Request]) -> None:
+        width = max(len(request.prompt) for request in requests)
+        new = max(request.max_tokens for request in requests)
+        padding = [[0] * (width - len(request.prompt)) for request in requests]
+        rows = [pad + request.prompt for pad, request in zip(padding, requests, strict=True)]
+        mask = [[0] * len(pad) + [1] * (width - len(pad)) for pad in padding]
+        config = _generation_config(requests, max_new_tokens=new, min_new_tokens=new, eos_token_id=None)
+        place = self.model.device
+        tokens, mask_ = torch.tensor(rows, device=place), torch.tensor(mask, device=place)
+        output = self.model.generate(tokens, attention_mask=mask_, generation_config=config)
+        _check(GENERATE, requests, [min(request.max_tokens, output.shape[1] - width) for request in requests])
+
+
+class TransformersContinuous:
+    """transformers' own continuous batching: paged cache, packed batches, one step's tokens at most `max_tokens`.
+
+    The time includes starting and stopping its manager, as `generate_batch` does. Left to itself it takes most of the machine's memory; here its cache holds the `batch_size` longest requests.
+    """
+
+    def __init__(self, model: Any, batch_size: int, max_tokens: int) -> None:
+        self.model, self.batch_size, self.max_tokens = model, batch_size, max_tokens
+
+    def run(self, requests: Sequence[Request]) -> None:
+        from transformers import ContinuousBatchingConfig
+
+        pages = sorted(-(-(len(r.prompt) + r.max_tokens) // PAGE) for r in requests)[-self.batch_size :]
+        batching = ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=sum(pages) + len(pages),
+            max_batch_tokens=self.max_tokens,
+            max_requests_per_batch=self.batch_size,
+        )
+        config = _generation_config(requests, eos_token_id=-1)
+        with self.model.continuous_batching_context_manager(config, continuous_batching_config=batching) as manager:
+            ids = [manager.add_request(request.prompt, max_new_tokens=request.max_tokens) for request in requests]
+            lengths = _collect(manager, len(ids))
+        _check(CONTINUOUS, requests, [lengths.get(request_id, 0) for request_id in ids])
+
+
+def _collect(manager: Any, number: int) -> dict[str, int]:
+    """Tokens by request, when all have ended; fewer requests if the manager's thread dies."""
+    lengths: dict[str, int] = {}
+    while len(lengths) < number and manager.is_running():
+        result = manager.get_result(timeout=1)
+        if result is not None and result.is_finished():
+            lengths[result.request_id] = len(result.generated_tokens)
+    return lengths
+
+
+def _generation_config(requests: Sequence[Request], **settings: Any) -> Any:
+    """Greedy, or sampling from the plain distribution at the temperature that the requests share."""
+    from transformers import GenerationConfig
+
+    temperature = requests[0].temperature
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    return GenerationConfig(pad_token_id=0, use_cache=True, **sampling, **settings)
+
+
+def _check(server: str, requests: Sequence[Request], lengths: Sequence[int]) -> None:
+    wanted = [request.max_tokens for request in requests]
+    if list(lengths) != wanted:
+        raise MinillmError(f"{server} returned {sum(lengths)} tokens of {sum(wanted)}: there is nothing to compare.")
+
+
+def transformers_servers(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, *, batch_size: int, max_tokens: int
+) -> dict[str, Server]:
+    """Both ways in which transformers serves many requests, on one model of this shape with random weights."""
+    model = TransformersSubject(config, device, dtype).model
+    model.generation_config.eos_token_id = None  # every request wants all its tokens
+    return {
+        GENERATE: TransformersGenerate(model, batch_size),
+        CONTINUOUS: TransformersContinuous(model, batch_size, max_tokens),
+    }
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Who took how long for the same requests, round by round."""
+
+    prompt_tokens: int
+    new_tokens: int
+    timings: dict[str, Timing]
+    runs: list[ServeRun]  # minillm's, one per round
+
+    def tokens_per_second(self, name: str) -> float:
+        """New tokens per second in the median round."""
+        return self.new_tokens / self.timings[name].median
+
+    def speedup(self, rival: str) -> Quartiles:
+        """How many times as long as minillm the rival takes, round by round."""
+        return pair_ratio(self.timings[rival], self.timings[OURS])
+
+    def to_json(self) -> dict[str, Any]:
+        """All rounds of everybody, and what minillm's engine says of its last one."""
+        subjects = {
+            name: {"times_s": timing.times, "output_throughput": self.tokens_per_second(name)}
+            | ({} if name == OURS else {"speedup": self.speedup(name)._asdict()})
+            for name, timing in self.timings.items()
+        }
+        return {
+            "total_input_tokens": self.prompt_tokens,
+            "total_output_tokens": self.new_tokens,
+            "subjects": subjects,
+            "engine": engine_summary(self.runs[-1]),
+        }
+
+
+def bench_throughput(
+    engine: Engine,
+    requests: Sequence[Request],
+    rivals: Mapping[str, Server] | None = None,
+    *,
+    repeats: int = 1,
+    progress: Callable[[str], object] = lambda turn: None,
+) -> Throughput:
+    """Serve the requests `repeats` times by everybody in turn, after a short turn each that does not count.
+
+    progress: called with what begins now. Raises `MinillmError` if somebody does not return all tokens.
+    """
+    ours = MinillmServer(engine)
+    servers: dict[str, Server] = {OURS: ours, **(rivals or {})}
+    short = [Request(request.prompt[:32], 4, request.temperature) for request in requests[:4]]
+    for name, server in servers.items():
+        progress(f"{name}, warm-up")
+        server.run(short)
+    rounds = count()
+
+    def turn(name: str) -> None:
+        progress(f"{name}, round {next(rounds) // len(servers) + 1} of {repeats}")
+        servers[name].run(requests)
+
+    sync = torch.cuda.synchronize if engine.model.device.type == "cuda" else None
+    timings = interleaved({name: partial(turn, name) for name in servers}, repeats=repeats, warmup=0, sync=sync)
+    prompt_tokens = sum(len(request.prompt) for request in requests)
+    return Throughput(prompt_tokens, sum(r.max_tokens for r in requests), timings, ours.runs[1:])
