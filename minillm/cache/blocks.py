@@ -238,7 +238,7 @@ class BlockPool:
         ensure(held[DUMMY_BLOCK] == 0 and DUMMY_BLOCK not in self._free, "the dummy block belongs to nobody")
         for block in self.blocks:
             ensure(block.ref_count == held[block.id], f"block {block.id} counts the tables that hold it")
-            ensure(block.prefix is None or self._cached.get(block.prefix) is block, f"block {block.id} is known by name")
+            ensure(block.prefix is None or self._cached.get(block.prefix) is block, f"block {block.id} has a name")
         ensure(
             set(self._free) == {b.id for b in self.blocks[1:] if b.ref_count == 0},
             "the free list is the set of blocks that nobody holds",

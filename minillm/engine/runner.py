@@ -11,6 +11,7 @@ from minillm.attention import get_backend
 from minillm.cache.paged import PagedCache, choose_num_blocks
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
+from minillm.engine.graphs import DecodeGraphs
 from minillm.engine.sequence import Sequence
 from minillm.model.decoder import Decoder
 from minillm.outputs import Logprob
@@ -39,6 +40,8 @@ class ModelRunner:
             device=model.device,
             dtype=model.dtype,
         )
+        replays = config.cuda_graphs and model.device.type == "cuda"
+        self.graphs = DecodeGraphs(model, self.cache, config.block_size) if replays else None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Drawn:
@@ -47,18 +50,26 @@ class ModelRunner:
         Tokens come to the host in one transfer: it is the only point of the step that waits for the device.
         """
         self.cache.copy(batch.copies)
-        hidden = self.model(batch.tokens, batch.positions, self.cache.attend(batch.layout))
-        if not batch.samplers:
+        logits = self._logits(batch)
+        if logits is None or not batch.samplers:
             return Drawn([], [])
-        logits = self.model.logits(hidden[batch.logit_indices])
         tokens = self._sample(logits, batch.samplers)
         return Drawn(tokens.tolist(), _logprobs(logits, tokens, batch.samplers))
 
+    def _logits(self, batch: Batch) -> Tensor | None:
+        """Scores [num_samplers, vocab_size] for everybody who samples; None if nobody does."""
+        replayed = self.graphs.logits(batch) if self.graphs else None
+        if replayed is not None:
+            return replayed
+        hidden = self.model(batch.tokens, batch.positions, self.cache.attend(batch.layout))
+        return self.model.logits(hidden[batch.logit_indices]) if batch.samplers else None
+
     def _sample(self, logits: Tensor, samplers: list[Sequence]) -> Tensor:
         """Draw one token per row of logits [rows, vocab_size], each from its own distribution and random stream."""
-        rows = [_penalized(row, sequence) for row, sequence in zip(logits, samplers, strict=True)]
-        probs = probs_from_logits(torch.stack(rows), [sequence.params for sequence in samplers])
-        return sample(probs, [self._generator(sequence) for sequence in samplers])
+        params = [sequence.params for sequence in samplers]
+        if any(p.repetition_penalty != 1 for p in params):
+            logits = torch.stack([_penalized(row, sequence) for row, sequence in zip(logits, samplers, strict=True)])
+        return sample(probs_from_logits(logits, params), [self._generator(sequence) for sequence in samplers])
 
     def _generator(self, sequence: Sequence) -> Generator | None:
         """The sequence's random stream, made at its first token: ten thousand waiting ones need none yet."""
@@ -70,8 +81,6 @@ class ModelRunner:
 
 
 def _penalized(logits: Tensor, sequence: Sequence) -> Tensor:
-    if sequence.params.repetition_penalty == 1:
-        return logits
     seen = torch.tensor(sequence.tokens, device=logits.device)
     return penalize_repetition(logits, seen, sequence.params.repetition_penalty)
 
