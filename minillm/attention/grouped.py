@@ -44,12 +44,12 @@ class CpuPlan:
     @classmethod
     def make(cls, layout: PagedLayout, max_keys: int) -> CpuPlan:
         """Groups of at most `max_keys` keys, padding included; similar lengths together, so that little is padded."""
-        decodes = [span for span in layout.spans if span.queries.stop - span.queries.start == 1 <= span.kv_len]
+        decodes = [span for span in layout.spans if span.q_len == 1 <= span.kv_len]
         groups = [group for group in _packed(sorted(decodes, key=lambda span: span.kv_len), max_keys) if _pays(group)]
-        grouped = {span.queries.start for group in groups for span in group}
+        grouped = {span.index for group in groups for span in group}
         return cls(
-            groups=tuple(_padded(group) for group in groups),
-            spans=tuple(span for span in layout.spans if span.queries.start not in grouped),
+            groups=tuple(_padded(group, layout) for group in groups),
+            spans=tuple(span for span in layout.spans if span.index not in grouped),
         )
 
     @property
@@ -99,7 +99,7 @@ def _packed(spans: list[Span], max_keys: int) -> Iterator[list[Span]]:
 
 def _pays(group: list[Span]) -> bool:
     """Few keys are faster one by one; a sequence alone whose blocks are neighbours is read where it lies."""
-    if len(group) == 1 and isinstance(group[0].slots, slice):
+    if len(group) == 1 and group[0].adjacent:
         return False
     return len(group) * _width(group[-1]) >= GROUP_MIN_KEYS
 
@@ -108,13 +108,13 @@ def _width(span: Span) -> int:
     return -(-span.kv_len // GROUP_STEP) * GROUP_STEP
 
 
-def _padded(group: list[Span]) -> DecodeGroup:
-    width = _width(group[-1])
-    slots = torch.empty(len(group), width, dtype=torch.int64)
-    bias = torch.zeros(len(group), 1, width)
-    for row, span in enumerate(group):
-        padding = width - span.kv_len
-        own = span.slots if isinstance(span.slots, Tensor) else torch.arange(span.slots.start, span.slots.stop)
-        slots[row, padding:], slots[row, :padding] = own, own[0]
-        bias[row, 0, :padding] = NEG_INF
-    return DecodeGroup(torch.tensor([span.queries.start for span in group]), slots, bias)
+def _padded(group: list[Span], layout: PagedLayout) -> DecodeGroup:
+    kv_lens = torch.tensor([[span.kv_len] for span in group])
+    tables = layout.block_tables[[span.index for span in group]]
+    key = torch.arange(-_width(group[-1]), 0) + kv_lens
+    real = key.clamp(min=0)
+    return DecodeGroup(
+        queries=torch.tensor([span.queries.start for span in group]),
+        slots=tables.gather(1, real // layout.block_size) * layout.block_size + real % layout.block_size,
+        bias=torch.zeros(key.shape).masked_fill_(key < 0, NEG_INF)[:, None],
+    )

@@ -18,9 +18,29 @@ from minillm.errors import ConfigError
 class Span:
     """One sequence of a packed batch: which of the packed queries are its own, and where its keys lie."""
 
+    index: int  # of the sequence in the batch
     queries: slice
     kv_len: int
-    slots: slice | Tensor  # of its keys, in order: a slice where all blocks are neighbours, else [kv_len] int64
+    table: list[int]
+    block_size: int
+
+    @property
+    def q_len(self) -> int:
+        return self.queries.stop - self.queries.start
+
+    @cached_property
+    def adjacent(self) -> bool:
+        """Whether its blocks are neighbours, in order: then its keys need not be gathered."""
+        return not self.table or self.table == list(range(self.table[0], self.table[0] + len(self.table)))
+
+    @cached_property
+    def slots(self) -> slice | Tensor:
+        """Of its keys, in order: a slice if the blocks are neighbours, else `[kv_len]` int64."""
+        if self.adjacent:
+            first = self.table[0] * self.block_size if self.table else 0
+            return slice(first, first + self.kv_len)
+        starts = torch.tensor(self.table)[:, None] * self.block_size
+        return (starts + torch.arange(self.block_size)).flatten()[: self.kv_len]
 
 
 @dataclass(frozen=True)
@@ -80,17 +100,10 @@ class PagedLayout:
         starts = accumulate(self.q_lens, initial=0)
         sequences = zip(starts, self.q_lens, self.kv_lens, self.tables, strict=False)
         return tuple(
-            Span(slice(start, start + q_len), kv_len, self._slots(table, kv_len))
-            for start, q_len, kv_len, table in sequences
+            Span(index, slice(start, start + q_len), kv_len, table, self.block_size)
+            for index, (start, q_len, kv_len, table) in enumerate(sequences)
             if q_len
         )
-
-    def _slots(self, table: list[int], kv_len: int) -> slice | Tensor:
-        first = table[0] if table else 0
-        if table == list(range(first, first + len(table))):
-            return slice(first * self.block_size, first * self.block_size + kv_len)
-        starts = torch.tensor(table, device=self.slot_mapping.device)[:, None] * self.block_size
-        return (starts + torch.arange(self.block_size, device=starts.device)).flatten()[:kv_len]
 
 
 def _used_blocks(table: Sequence[int], kv_len: int, block_size: int) -> list[int]:

@@ -68,8 +68,7 @@ def read_span(k_pool: Tensor, v_pool: Tensor, span: Span, sliding_window: int | 
 
     Keys that a sliding window hides from all of its queries are left out.
     """
-    q_len = span.queries.stop - span.queries.start
-    first = 0 if sliding_window is None else max(0, span.kv_len - q_len - sliding_window + 1)
+    first = 0 if sliding_window is None else max(0, span.kv_len - span.q_len - sliding_window + 1)
     if isinstance(span.slots, slice):
         keys = slice(span.slots.start + first, span.slots.stop)
         return k_pool.flatten(1, 2)[:, keys], v_pool.flatten(1, 2)[:, keys]
