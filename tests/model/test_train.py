@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +57,11 @@ def stepped_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def documents() -> list[corpus.Document]:
-    """The whole corpus of this machine; reading it takes seconds, so it is read once."""
-    return corpus.training_documents()
+def documents() -> Iterator[list[corpus.Document]]:
+    """The corpus of this machine with two of its packages; reading all of them takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "PACKAGES", ("numpy", "rich", "not_installed_here"))
+        yield corpus.training_documents()
 
 
 def test_held_out_texts_are_never_trained_on(documents: list[corpus.Document]) -> None:
