@@ -234,7 +234,7 @@ class EngineConfig:
     attention: str = "auto"
     cuda_graphs: bool = True
     seed: int = 0
-    trace_steps: int = 10_000
+    trace_steps: int = 2000
     debug: bool = False
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ class PagedCache:
     ) -> None:
         self.config = config
         self.attention = attention
+        self.num_blocks, self.block_size = num_blocks, block_size
         shape = (config.num_kv_heads, num_blocks, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
@@ -51,8 +52,7 @@ class PagedCache:
     @property
     def bytes_per_token(self) -> int:
         """What one token occupies in all layers."""
-        _, num_blocks, block_size, _ = self.keys[0].shape
-        return self.num_bytes // (num_blocks * block_size)
+        return self.num_bytes // (self.num_blocks * self.block_size)
 
     def bytes_read(self, q_len: int, kv_len: int) -> int:
         """Least KV traffic of a sequence's queries in one step: every key and value that one of them sees, once."""

@@ -56,7 +56,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.runner = ModelRunner(model, self.config)
         self.pool = BlockPool(
-            self.runner.num_blocks,
+            self.runner.cache.num_blocks,
             self.config.block_size,
             identity=(model.config, model.dtype),
             enable_prefix_caching=self.config.enable_prefix_caching,

@@ -59,10 +59,9 @@ class StaticStep:
 class DecodeGraphs:
     """One captured decode step per padded batch size, made when first needed."""
 
-    def __init__(self, model: Decoder, cache: PagedCache, block_size: int) -> None:
+    def __init__(self, model: Decoder, cache: PagedCache) -> None:
         self.model = model
         self.cache = cache
-        self.block_size = block_size
         self._steps: dict[int, StaticStep] = {}
 
     def logits(self, batch: Batch) -> Tensor | None:
@@ -80,16 +79,15 @@ class DecodeGraphs:
         return step.replay()[batch.logit_indices]
 
     def _record(self, size: int) -> StaticStep:
-        """Buffers for `size` sequences of any length the model allows, and the captured computation on them.
+        """Buffers for `size` sequences of any length that model and cache allow, and the captured computation on them.
 
         The host-side lengths tell kernels how much work to launch at most; the true ones are in `seq_lens`.
         """
-        device, longest = self.model.device, self.model.config.max_position_embeddings
-        width = -(-longest // self.block_size)
+        device, block_size = self.model.device, self.cache.block_size
+        longest = min(self.model.config.max_position_embeddings, self.cache.num_blocks * block_size)
+        tables = [[DUMMY_BLOCK] * -(-longest // block_size)] * size
+        layout = PagedLayout.build(tables, [1] * size, [longest] * size, block_size=block_size, device=device)
         tokens, positions = torch.zeros(2, size, dtype=torch.int64, device=device)
-        layout = PagedLayout.build(
-            [[DUMMY_BLOCK] * width] * size, [1] * size, [longest] * size, block_size=self.block_size, device=device
-        )
         attend = self.cache.attend(layout)
         replay = capture(lambda: self.model.logits(self.model(tokens, positions, attend)))
         return StaticStep(tokens, positions, layout, replay)

@@ -31,17 +31,16 @@ class ModelRunner:
 
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         self.model = model
-        self.num_blocks = choose_num_blocks(model.config, config, model.device, model.dtype)
         self.cache = PagedCache(
             model.config,
             get_backend(config.attention, model.device),
-            num_blocks=self.num_blocks,
+            num_blocks=choose_num_blocks(model.config, config, model.device, model.dtype),
             block_size=config.block_size,
             device=model.device,
             dtype=model.dtype,
         )
         replays = config.cuda_graphs and model.device.type == "cuda"
-        self.graphs = DecodeGraphs(model, self.cache, config.block_size) if replays else None
+        self.graphs = DecodeGraphs(model, self.cache) if replays else None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Drawn:

@@ -114,25 +114,28 @@ class Trace:
 
     def write_chrome(self, path: str | Path) -> None:
         """The Trace Event Format of chrome://tracing and ui.perfetto.dev: a row for the engine, one per sequence."""
-        events = [event for record in self._records for event in _chrome_events(record)]
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        slices = [event for record in self._records for event in _slices(record)]
+        rows = {name: number for number, name in enumerate(dict.fromkeys(event["tid"] for event in slices))}
+        for event in slices:
+            event["tid"] = rows[event["tid"]]
+        names = [{"ph": "M", "pid": 0, "tid": i, "name": "thread_name", "args": {"name": n}} for n, i in rows.items()]
+        counters = [event for record in self._records for event in _counters(record)]
+        Path(path).write_text(json.dumps({"traceEvents": names + slices + counters, "displayTimeUnit": "ms"}))
 
 
-def _chrome_events(record: StepRecord) -> Iterator[dict[str, Any]]:
-    """Slices of the engine's phases, slices of the sequences during `run`, and counters. Times are microseconds."""
+def _slices(record: StepRecord) -> Iterator[dict[str, Any]]:
+    """What was going on for how long, microseconds: the engine's phases, and during `run` the sequences."""
     start = record.start * 1e6
-    for name in ("schedule", "pack", "run", "commit"):
-        duration = getattr(record, f"{name}_time") * 1e6
-        yield _slice("engine", name, start, duration, {"step": record.step, "tokens": record.num_tokens})
-        if name == "run":
-            for part in record.sequences:
-                args = {"tokens": part.num_scheduled, "keys": part.kv_len, "recomputed": part.num_recomputed}
-                yield _slice(f"{part.request_id}/{part.index}", part.phase, start, duration, args)
-        start += duration
-    counters = {"running": record.num_running, "waiting": record.num_waiting, "free blocks": record.num_free_blocks}
-    for name, value in counters.items():
-        yield {"ph": "C", "pid": "minillm", "name": name, "ts": record.start * 1e6, "args": {name: value}}
+    for phase in ("schedule", "pack", "run", "commit"):
+        span = {"ph": "X", "pid": 0, "ts": start, "dur": getattr(record, f"{phase}_time") * 1e6}
+        yield span | {"tid": "engine", "name": phase, "args": {"step": record.step, "tokens": record.num_tokens}}
+        start += span["dur"]
+        for part in record.sequences if phase == "run" else ():
+            args = {"tokens": part.num_scheduled, "keys": part.kv_len, "recomputed": part.num_recomputed}
+            yield span | {"tid": f"{part.request_id}/{part.index}", "name": part.phase, "args": args}
 
 
-def _slice(row: str, name: str, start: float, duration: float, args: dict[str, int]) -> dict[str, Any]:
-    return {"ph": "X", "pid": "minillm", "tid": row, "name": name, "ts": start, "dur": duration, "args": args}
+def _counters(record: StepRecord) -> Iterator[dict[str, Any]]:
+    values = {"running": record.num_running, "waiting": record.num_waiting, "free blocks": record.num_free_blocks}
+    for name, value in values.items():
+        yield {"ph": "C", "pid": 0, "name": name, "ts": record.start * 1e6, "args": {name: value}}

@@ -37,7 +37,7 @@ def attention_from_tensors(q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: Pa
 def replaying_engine(config: EngineConfig) -> Engine:
     engine = Engine(tiny_model(), config)
     engine.runner.cache.attention = attention_from_tensors
-    engine.runner.graphs = DecodeGraphs(engine.model, engine.runner.cache, config.block_size)
+    engine.runner.graphs = DecodeGraphs(engine.model, engine.runner.cache)
     return engine
 
 

@@ -11,6 +11,8 @@ from minillm.engine.engine import Engine
 from minillm.sampling import SamplingParams
 from tests.engine.scripted import scripted_engine
 
+PHASES = ["schedule", "pack", "run", "commit"]
+
 
 @pytest.fixture
 def engine() -> Engine:
@@ -38,7 +40,10 @@ def test_the_chrome_trace_has_a_slice_per_phase_and_sequence(engine: Engine, tmp
     slices = [event for event in events if event["ph"] == "X"]
     parts = [part for record in engine.trace for part in record.sequences]
     assert len(slices) == 4 * len(engine.trace) + len(parts)
-    assert {event["name"] for event in slices if event["tid"] == "1/0"} >= {"prefill", "decode"}
+    rows = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+    assert list(rows) == ["engine", "0/0", "1/0", "2/0"]
+    assert {event["name"] for event in slices if event["tid"] == rows["1/0"]} >= {"prefill", "decode"}
+    assert [event["name"] for event in slices if event["tid"] == rows["engine"]][:4] == PHASES
     assert all(event["dur"] >= 0 for event in slices)
     assert {event["name"] for event in events if event["ph"] == "C"} == {"running", "waiting", "free blocks"}
 
