@@ -62,7 +62,7 @@ class Engine:
             enable_prefix_caching=self.config.enable_prefix_caching,
         )
         self.scheduler = Scheduler(self.config, self.pool, model.config.eos_token_ids)
-        self.trace = Trace(self.config.trace_steps)
+        self.trace = Trace(maxlen=self.config.trace_steps)
         self._live: dict[str, list[Sequence]] = {}  # unfinished completions by request
         self._arrivals = count()
         self._steps = count()

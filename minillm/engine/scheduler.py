@@ -193,7 +193,10 @@ class Scheduler:
             sequence.num_forks = 0
 
     def abandon(self, plan: StepPlan) -> None:
-        """Take back a step that never came to its end (an error, Ctrl-C): everybody starts over, nobody is lost."""
+        """Take back a step that never came to its end (an error, Ctrl-C): everybody starts over, nobody is lost.
+
+        A random stream that the step had drawn from already goes on behind that draw.
+        """
         self._in_flight = None
         while self.running:
             self._preempt_youngest(plan)

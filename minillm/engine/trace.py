@@ -86,40 +86,22 @@ class StepRecord:
         return busy / (busy + self.run_time)
 
 
-class Trace:
-    """The latest `limit` step records, oldest first."""
-
-    def __init__(self, limit: int) -> None:
-        self._records: deque[StepRecord] = deque(maxlen=limit)
-
-    def append(self, record: StepRecord) -> None:
-        self._records.append(record)
-
-    def clear(self) -> None:
-        self._records.clear()
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[StepRecord]:
-        return iter(self._records)
-
-    def __getitem__(self, index: int) -> StepRecord:
-        return self._records[index]
+class Trace(deque[StepRecord]):
+    """The latest `maxlen` step records, oldest first."""
 
     def write_jsonl(self, path: str | Path) -> None:
         """One JSON object per step."""
-        lines = [json.dumps(asdict(record)) for record in self._records]
+        lines = [json.dumps(asdict(record)) for record in self]
         Path(path).write_text("".join(f"{line}\n" for line in lines))
 
     def write_chrome(self, path: str | Path) -> None:
         """The Trace Event Format of chrome://tracing and ui.perfetto.dev: a row for the engine, one per sequence."""
-        slices = [event for record in self._records for event in _slices(record)]
+        slices = [event for record in self for event in _slices(record)]
         rows = {name: number for number, name in enumerate(dict.fromkeys(event["tid"] for event in slices))}
         for event in slices:
             event["tid"] = rows[event["tid"]]
         names = [{"ph": "M", "pid": 0, "tid": i, "name": "thread_name", "args": {"name": n}} for n, i in rows.items()]
-        counters = [event for record in self._records for event in _counters(record)]
+        counters = [event for record in self for event in _counters(record)]
         Path(path).write_text(json.dumps({"traceEvents": names + slices + counters, "displayTimeUnit": "ms"}))
 
 
