@@ -27,6 +27,11 @@ class User:
     tokens: list[int]
     table: BlockTable
     num_computed: int
+    salt: str | None
+
+    def kv(self, position: int) -> tuple[object, ...]:
+        """What the KV at a position depends on: everything up to it."""
+        return (self.salt, *self.tokens[: position + 1])
 
 
 class Memory:
@@ -34,12 +39,12 @@ class Memory:
 
     def __init__(self, num_blocks: int = 12, **options: object) -> None:
         self.pool = BlockPool(num_blocks, BLOCK, **options)  # type: ignore[arg-type]
-        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.slots: dict[tuple[int, int], tuple[object, ...]] = {}
         self.users: list[User] = []
 
     def open(self, tokens: list[int], salt: str | None = None) -> User:
         table, num_computed = self.pool.open(tokens, salt)
-        self.users.append(User(tokens, table, num_computed))
+        self.users.append(User(tokens, table, num_computed, salt))
         return self.users[-1]
 
     def compute(self, user: User, end: int | None = None, *, commit: bool = True) -> bool:
@@ -52,7 +57,7 @@ class Memory:
             for offset in range(BLOCK):
                 self.slots[target, offset] = self.slots.get((source, offset), ())
         for position in range(user.num_computed, end):
-            self.slots[self._slot(user, position)] = tuple(user.tokens[: position + 1])
+            self.slots[self._slot(user, position)] = user.kv(position)
         user.num_computed = end
         if commit:
             self.pool.commit(user.table, user.tokens, end)
@@ -64,7 +69,7 @@ class Memory:
         self.pool.truncate(user.table, user.num_computed)
 
     def fork(self, user: User) -> User:
-        self.users.append(User(list(user.tokens), self.pool.fork(user.table), user.num_computed))
+        self.users.append(User(list(user.tokens), self.pool.fork(user.table), user.num_computed, user.salt))
         return self.users[-1]
 
     def close(self, user: User) -> None:
@@ -78,7 +83,7 @@ class Memory:
             named = user.table.num_hashed * BLOCK
             assert named <= user.num_computed and spelled(user.table.prefix) == user.tokens[:named]
             for position in range(user.num_computed):
-                assert self.slots[self._slot(user, position)] == tuple(user.tokens[: position + 1])
+                assert self.slots[self._slot(user, position)] == user.kv(position)
 
     def _slot(self, user: User, position: int) -> tuple[int, int]:
         return user.table.blocks[position // BLOCK], position % BLOCK
@@ -392,12 +397,27 @@ def _last_one_stays_known(self: BlockPool, table: BlockTable, tokens: list[int],
         table.num_hashed += 1
 
 
+def _duplicates_freed(self: BlockPool, table: BlockTable, tokens: list[int], num_computed: int) -> None:
+    """The known block is as good, so ours may go: but the table still points to it."""
+    before = table.num_hashed
+    _right_commit(self, table, tokens, num_computed)
+    for index in table.blocks[before : table.num_hashed]:
+        if self.blocks[index].prefix is None:
+            self._drop(self.blocks[index])
+
+
+_right_commit = BlockPool.commit
+
+
 def _partial_blocks_named(original: Callable[..., None]) -> Callable[..., None]:
     return lambda self, table, tokens, n: original(self, table, tokens, min(n + BLOCK - 1, len(tokens)))
 
 
 def _fork_without_counting(self: BlockPool, table: BlockTable) -> BlockTable:
     return BlockTable(table.prefix, list(table.blocks), table.num_hashed)
+
+
+_right_open = BlockPool.open
 
 
 MUTANTS: dict[str, tuple[type, str, Callable[..., object]]] = {
@@ -407,6 +427,9 @@ MUTANTS: dict[str, tuple[type, str, Callable[..., object]]] = {
     "trap 5: hits stay on the free list": (BlockPool, "_hold", _hold_on_the_free_list),
     "trap 6: named before they are computed": (BlockPool, "commit", _partial_blocks_named(BlockPool.commit)),
     "trap 7: the last equal block takes the name": (BlockPool, "commit", _last_one_stays_known),
+    "trap 8: duplicates are freed in live tables": (BlockPool, "commit", _duplicates_freed),
+    "trap 10: a block is missing at the boundary": (BlockPool, "blocks_for", lambda self, n: n // BLOCK),
+    "trap 12: the salt is left out": (BlockPool, "open", lambda self, tokens, salt=None: _right_open(self, tokens)),
     "trap 11: writing into shared blocks": (BlockPool, "prepare", _no_copy),
     "trap 11: copies are not made": (BlockPool, "prepare", _copies_forgotten(BlockPool.prepare)),
     "trap 11: forks are not counted": (BlockPool, "fork", _fork_without_counting),
@@ -424,3 +447,17 @@ def test_the_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AssertionError, KeyError, IndexError)):
         for seed in range(40):
             run_fuzz(seed)
+
+
+def _take_newest(self: BlockPool) -> int:
+    index, _ = self._free.popitem(last=True)
+    self._forget(self.blocks[index])
+    self.blocks[index].ref_count = 1
+    return index
+
+
+def test_trap_9_the_order_of_eviction_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evicting the newest breaks nothing but the hit rate, so no fuzz can see it; the tests of the order do."""
+    monkeypatch.setattr(BlockPool, "_take", _take_newest)
+    with pytest.raises(AssertionError):
+        test_trap_9_the_longest_unused_goes_first_and_tails_before_heads()

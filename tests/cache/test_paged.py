@@ -38,19 +38,20 @@ def test_bytes_read_stop_at_the_window() -> None:
     assert make_cache().bytes_read(4, 50) == 50 * per_token
 
 
-def test_attend_writes_first_and_equals_contiguous_attention() -> None:
+def test_trap_33_attend_takes_slices_of_a_fused_projection_and_writes_first() -> None:
     """Two sequences in scattered blocks, computed in two steps, against one-shot attention on plain tensors."""
     generator = torch.Generator().manual_seed(0)
     lengths, tables = (7, 10), ([5, 2], [7, 1, 9])
-    q, k, v = ([torch.randn(n, heads, 8, generator=generator) for n in lengths] for heads in (6, 2, 2))
+    fused = [torch.randn(n, 10, 8, generator=generator) for n in lengths]
+    q, k, v = zip(*(qkv.split([6, 2, 2], dim=1) for qkv in fused), strict=True)
     cache = make_cache()
     cut = (3, 6)
     outputs = []
     for start, end in (((0, 0), cut), (cut, lengths)):
-        parts = [slice(a, b) for a, b in zip(start, end, strict=True)]
-        layout = PagedLayout.build(tables, [p.stop - p.start for p in parts], list(end), block_size=4)
-        packed = (torch.cat([x[part] for x, part in zip(xs, parts, strict=True)]) for xs in (q, k, v))
-        outputs.append(cache.attend(layout)(1, *packed).split([p.stop - p.start for p in parts]))
+        packed = torch.cat([qkv[a:b] for qkv, a, b in zip(fused, start, end, strict=True)]).split([6, 2, 2], dim=1)
+        q_lens = [b - a for a, b in zip(start, end, strict=True)]
+        layout = PagedLayout.build(tables, q_lens, list(end), block_size=4)
+        outputs.append(cache.attend(layout)(1, *packed).split(q_lens))
     for i in range(2):
         want = attention(q[i], k[i].transpose(0, 1), v[i].transpose(0, 1), scale=8**-0.5)
         torch.testing.assert_close(torch.cat([outputs[0][i], outputs[1][i]]), want, atol=1e-5, rtol=0)

@@ -116,6 +116,11 @@ SCHEDULING: dict[str, tuple[type, str, Any]] = {
     "trap 16: the cap counts this step only": (Scheduler, "_admit", _admit_any_number),
     "trap 17: the budget ignores the hit": (Scheduler, "_start", _budget_before_the_hit),
     "trap 18: chunks are sampled from": (StepPlan, "add", _always_samples),
+    "trap 19: whoever has output decodes": (
+        Sequence,
+        "num_remaining",
+        property(lambda self: 1 if self.num_generated else len(self.tokens) - self.num_computed),
+    ),
     "trap 20: preemption drops generated tokens": (
         Scheduler,
         "_preempt_youngest",

@@ -1,0 +1,235 @@
+"""Speculation changes nothing but time: enumeration, chi-square, and wrong versions that both must find."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from minillm.engine import verify as module
+from minillm.engine.proposer import Draft
+from minillm.engine.verify import given_draft, verify
+from minillm.sampling import SamplingParams, probs_from_logits, sample
+from tests.speculative.chance import (
+    GivenDraft,
+    chi_square,
+    joint,
+    limit,
+    one_position,
+    random_probs,
+    speculative_joint,
+)
+
+SAMPLES = 20_000
+
+
+def _recover_from_p(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
+    """Trap 41, too: compare a draw with the guess, and draw once more if they differ."""
+    keep = (target / proposal).clamp(max=1).gather(-1, drafts[:, None])
+    return ((1 - keep) * target).scatter_add(-1, drafts[:, None], keep)
+
+
+def _ratio_inverted(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
+    keep = (proposal / target).clamp(max=1).gather(-1, drafts[:, None])
+    residual = (target - proposal).clamp(min=0)
+    return ((1 - keep) * residual / residual.sum(-1, keepdim=True)).scatter_add(-1, drafts[:, None], keep)
+
+
+def _ratio_of_untempered_q(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
+    """Drawn from q at some temperature, divided by q at temperature 1."""
+    plain = proposal**0.7
+    plain = plain / plain.sum(-1, keepdim=True)
+    return given_draft(target, plain, drafts)
+
+
+def _residual_not_renormalised(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
+    keep = (target / proposal).clamp(max=1).gather(-1, drafts[:, None])
+    return ((1 - keep) * (target - proposal).clamp(min=0)).scatter_add(-1, drafts[:, None], keep)
+
+
+MUTANTS: dict[str, GivenDraft] = {
+    "recovered from p": _recover_from_p,
+    "ratio inverted": _ratio_inverted,
+    "ratio from the untempered q": _ratio_of_untempered_q,
+    "residual not renormalised": _residual_not_renormalised,
+}
+
+
+# --- exact enumeration -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", range(2, 17))
+def test_the_sum_over_all_drafts_is_the_target(vocab: int) -> None:
+    """With zeros in either distribution, as top-k and top-p leave them."""
+    for seed in range(20):
+        target, proposal = random_probs(2, vocab, seed=seed, zeros=0.3 * (seed % 2))
+        torch.testing.assert_close(
+            one_position(given_draft, target, proposal), target, rtol=0, atol=1e-12, msg=f"seed {seed}"
+        )
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_enumeration_rejects(name: str) -> None:
+    for seed in range(20):
+        target, proposal = random_probs(2, 5, seed=seed)
+        assert (one_position(MUTANTS[name], target, proposal) - target).abs().max() > 1e-3, seed
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2, 3])
+def test_the_sum_over_all_paths_is_the_joint_distribution(num_drafts: int) -> None:
+    """Rounds of several drafts, each position with distributions that depend on the token before."""
+    target, proposal = random_probs(2, 3, 3, seed=num_drafts, zeros=0.2)
+    for run, chance in speculative_joint(given_draft, target, proposal, 0, num_drafts).items():
+        assert abs(chance - joint(target, run, 0)) < 1e-12, run
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_enumeration_of_paths_rejects(name: str) -> None:
+    target, proposal = random_probs(2, 3, 3, seed=1)
+    chances = speculative_joint(MUTANTS[name], target, proposal, 0, 2)
+    assert max(abs(chance - joint(target, run, 0)) for run, chance in chances.items()) > 1e-3
+
+
+def test_a_guess_that_was_not_drawn_leaves_the_distribution_as_it_is() -> None:
+    """Trap 42: with q all on x, keep with probability p(x), else p without x renormalised: together that is p."""
+    target = random_probs(8, 16, seed=0)
+    guesses = torch.arange(8)
+    certain = torch.nn.functional.one_hot(guesses, 16).double()
+    torch.testing.assert_close(given_draft(target, certain, guesses), target, rtol=0, atol=1e-12)
+    assert (_recover_from_p(target, certain, guesses) - target).abs().max() > 0.1
+
+
+def test_equal_distributions_keep_everything() -> None:
+    """Trap 40: the residual is empty, and nothing is divided by it."""
+    probs = random_probs(16, seed=3).expand(16, -1)
+    torch.testing.assert_close(given_draft(probs, probs, torch.arange(16)), torch.eye(16, dtype=torch.float64))
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_kept_recovered_and_bonus_tokens_of_a_ragged_batch() -> None:
+    """Greedy: every row's distribution is one token."""
+    rows = torch.eye(6)[[1, 2, 3, 4, 0, 5, 0, 0, 0]]
+    drafts = [Draft([1, 2, 3]), Draft([]), Draft([4, 5]), Draft([])]
+    tokens = verify(rows, drafts, [None] * 4)
+    assert tokens == [[1, 2, 3, 4], [0], [5], [0]]
+    assert verify(rows[:4], [Draft([1, 5, 3])], [None]) == [[1, 2]]
+
+
+def rounds(target: Tensor, proposal: Tensor | None, count: int, start: int, seed: int) -> Tensor:
+    """What `count` sequences say in three tokens, [count, 3]: batches with 0 to 3 drafts each, all sampled.
+
+    Without a proposal the guesses are fixed. Whoever is short of three tokens draws the rest from the target.
+    """
+    generators = [Generator().manual_seed(seed * count + i) for i in range(count)]
+    helper = Generator().manual_seed(seed)
+    said = []
+    for first in range(0, count, 500):
+        batch = generators[first : first + 500]
+        drafts = [_drawn_draft(proposal, place % 4, start, helper) for place in range(len(batch))]
+        rows = [target[before] for draft in drafts for before in [start, *draft.tokens]]
+        for tokens, generator in zip(verify(torch.stack(rows), drafts, batch), batch, strict=True):
+            while len(tokens) < 3:
+                tokens.append(int(sample(target[tokens[-1]][None], [generator])))
+            said.append(tokens[:3])
+    return torch.tensor(said)
+
+
+def _drawn_draft(proposal: Tensor | None, count: int, start: int, generator: Generator) -> Draft:
+    if proposal is None:
+        return Draft([1, 0, 2][:count])
+    tokens: list[int] = []
+    rows = []
+    for _ in range(count):
+        rows.append(proposal[[start, *tokens][-1]])
+        tokens.append(int(sample(rows[-1][None], [generator])))
+    return Draft(tokens, torch.stack(rows)) if rows else Draft()
+
+
+def chi_square_of_runs(said: Tensor, target: Tensor, start: int) -> float:
+    vocab = target.shape[-1]
+    counts = torch.bincount(said @ torch.tensor([vocab**2, vocab, 1]), minlength=vocab**3)
+    expected = torch.einsum("a,ab,bc->abc", target[start], target, target).flatten()
+    return chi_square(counts, expected)
+
+
+def tables() -> tuple[Tensor, Tensor]:
+    """A target and a proposal, first-order models of five tokens under one and the same processing."""
+    logits = torch.randn(2, 5, 5, generator=Generator().manual_seed(0))
+    params = SamplingParams(temperature=0.8, top_p=0.97)
+    target, proposal = (probs_from_logits(table, [params] * 5) for table in logits)
+    return target, proposal
+
+
+@pytest.mark.parametrize("drawn", [True, False], ids=["drawn drafts", "fixed guesses"])
+def test_chi_square_of_ragged_batches(drawn: bool) -> None:
+    target, proposal = tables()
+    said = rounds(target, proposal if drawn else None, SAMPLES, start=0, seed=1)
+    assert chi_square_of_runs(said, target, 0) < limit(125)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_chi_square_rejects(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, proposal = tables()
+    monkeypatch.setattr(module, "given_draft", MUTANTS[name])
+    said = rounds(target, proposal, SAMPLES, start=0, seed=1)
+    assert chi_square_of_runs(said, target, 0) > 2 * limit(125)
+
+
+def test_chi_square_rejects_a_processing_of_one_side_only() -> None:
+    """Trap 39: drafts drawn from the plain proposal, while the ratio uses the processed one."""
+    target, proposal = tables()
+    plain = torch.randn(2, 5, 5, generator=Generator().manual_seed(0))[1].softmax(-1)
+    drafts = [_drawn_draft(plain, 1, 0, Generator().manual_seed(i)) for i in range(SAMPLES)]
+    lying = [Draft(draft.tokens, proposal[:1]) for draft in drafts]
+    rows = torch.stack([target[before] for draft in drafts for before in [0, *draft.tokens]])
+    generators = [Generator().manual_seed(SAMPLES + i) for i in range(SAMPLES)]
+    counts = torch.bincount(torch.tensor([tokens[0] for tokens in verify(rows, lying, generators)]), minlength=5)
+    assert chi_square(counts, target[0]) > 2 * limit(5)
+
+
+# --- random streams --------------------------------------------------------------------------------------------------
+
+
+def say(target: Tensor, count: int, guess: random.Random | None, seed: int) -> list[int]:
+    """`count` tokens of a first-order model, with guesses of which about half are right, or without."""
+    generator = Generator().manual_seed(seed)
+    plain = say(target, count + 4, None, seed) if guess else []
+    tokens = [0]
+    while len(tokens) <= count:
+        draft = Draft()
+        if guess:
+            right = plain[len(tokens) - 1 :][: guess.randrange(4)]
+            draft = Draft([token if guess.random() < 0.6 else guess.randrange(len(target)) for token in right])
+        tokens += verify(target[[tokens[-1], *draft.tokens]], [draft], [generator])[0]
+    return tokens[1 : count + 1]
+
+
+def test_guesses_do_not_shift_the_random_stream() -> None:
+    """Whoever guesses, however well, and however many there was room for: the same tokens as without."""
+    target = tables()[0]
+    for seed in range(30):
+        assert say(target, 40, random.Random(seed), seed) == say(target, 40, None, seed), seed
+
+
+def test_rows_drawn_in_vain_would_shift_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_streams", lambda drafts, generators, marks: _right(drafts, generators, {}))
+    target = tables()[0]
+    assert any(say(target, 40, random.Random(seed), seed) != say(target, 40, None, seed) for seed in range(30))
+
+
+_right = module._streams
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
+    target, proposal = tables()
+    drafts = [_drawn_draft(proposal, count, 0, Generator().manual_seed(count)) for count in (3, 0, 2)]
+    rows = [target[[0, *draft.tokens]] for draft in drafts]
+    alone = [
+        verify(row, [draft], [Generator().manual_seed(i)])[0]
+        for i, (row, draft) in enumerate(zip(rows, drafts, strict=True))
+    ]
+    assert verify(torch.cat(rows), drafts, [Generator().manual_seed(i) for i in range(3)]) == alone
