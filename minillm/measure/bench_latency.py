@@ -19,7 +19,7 @@ from minillm.errors import ConfigError
 from minillm.measure import formulas
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
 from minillm.measure.bench_subjects import MinillmSubject, Subject
-from minillm.measure.hardware import Hardware, matmul_patterns, matmul_size, read_buffer, read_patterns
+from minillm.measure.hardware import Hardware, dtype_name, matmul_patterns, matmul_size, read_buffer, read_patterns
 from minillm.model.decoder import Decoder
 
 DECODE_STEPS = 8  # tokens per repeat of decode: one alone would be short for the clock, and cold
@@ -87,7 +87,8 @@ class Ceilings:
 
     def __init__(self, hardware: Hardware, device: torch.device, dtype: torch.dtype) -> None:
         buffer = read_buffer(hardware.machine, device)
-        size = matmul_size(hardware.matmul_rate[str(dtype).removeprefix("torch.")])
+        rates = hardware.matmul_rate
+        size = matmul_size(rates.get(dtype_name(dtype), rates["float32"]))
         self.cache_bytes = hardware.machine.last_level_cache
         self.bytes_read, self.flops = buffer.nbytes, 2 * size**3
         self.reads, self.products = read_patterns(buffer), matmul_patterns(size, dtype, device)

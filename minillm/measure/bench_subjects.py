@@ -14,6 +14,7 @@ import torch
 from minillm.cache.contiguous import ContiguousCache
 from minillm.config import ModelConfig
 from minillm.generate import decode, prefill
+from minillm.measure.hardware import dtype_name
 from minillm.model.decoder import Decoder
 
 
@@ -80,7 +81,7 @@ def _random_transformer(config: ModelConfig, device: torch.device, dtype: torch.
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()
-    shape = replace(config, rope_scaling=None).to_hf(str(dtype).removeprefix("torch."))
+    shape = replace(config, rope_scaling=None).to_hf(dtype_name(dtype))
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
     return model.to(device, dtype).eval()

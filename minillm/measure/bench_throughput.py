@@ -79,7 +79,8 @@ class TransformersGenerate:
 class TransformersContinuous:
     """transformers' own continuous batching: paged cache, packed batches, one step's tokens at most `max_tokens`.
 
-    The time includes starting and stopping its manager, as `generate_batch` does. Left to itself it takes most of the machine's memory; here its cache holds the `batch_size` longest requests.
+    The time includes starting and stopping its manager, as in `generate_batch`. Left to itself it takes most of the
+    machine's memory; here its cache holds the `batch_size` longest requests.
     """
 
     def __init__(self, model: Any, batch_size: int, max_tokens: int) -> None:

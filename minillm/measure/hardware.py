@@ -54,6 +54,11 @@ class Hardware:
         return max(bytes_read / self.read_bandwidth, flops / self.matmul_rate[dtype])
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32", "bfloat16", …: as in configs, tables and JSON."""
+    return str(dtype).removeprefix("torch.")
+
+
 def measure_hardware(device: str = "cpu", *, refresh: bool = False) -> Hardware:
     """The ceilings of `device` ("auto", "cpu", "cuda", "cuda:<n>"), from the cache if they were measured before.
 
@@ -77,7 +82,7 @@ def _measure(machine: Machine, device: torch.device) -> Hardware:
             machine=machine,
             read_bandwidth=read,
             copy_bandwidth=copy,
-            matmul_rate={str(d).removeprefix("torch."): _matmul_rate(d, device) for d in MATMUL_DTYPES},
+            matmul_rate={dtype_name(d): _matmul_rate(d, device) for d in MATMUL_DTYPES},
             operator_overhead=_operator_overhead(device),
             measured_on=date.today().isoformat(),
         )

@@ -112,7 +112,8 @@ def _draw_phases(axes: Axes, times: Sequence[float], queued: float) -> None:
 
 def _draw_spans(axes: Axes, metrics: RequestMetrics, times: Sequence[float], prompt_tokens: int) -> None:
     """TTFT and the decode steps as arrows with their numbers, which add up to the end-to-end latency."""
-    waited = f", {_ms(1e3 * metrics.queue_time)} of it in the queue" if metrics.queue_time else ""
+    queued = 1e3 * (metrics.queue_time or 0)
+    waited = f", {_ms(queued)} of it in the queue" if queued > 0.1 * times[0] else ""
     ttft = [f"prefill: {_count(prompt_tokens, 'token')} at once", f"TTFT {_ms(times[0])}{waited}"]
     _draw_span(axes, (0, times[0]), ttft, style.PREFILL_INK)
     if len(times) > 1:

@@ -1,0 +1,40 @@
+"""`minillm train`: make the embedded models anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minillm.cli.console import Device, Seed, check_writable, out
+
+
+def train(
+    shape: Annotated[str, typer.Argument(help="tiny or tiny-draft.")] = "tiny",
+    minutes: Annotated[float, typer.Option(help="How long to train, over all runs of the same --work.")] = 60.0,
+    directory: Annotated[
+        Path | None, typer.Option("--out", help="Where the model goes; by default runs/SHAPE.", metavar="FOLDER")
+    ] = None,
+    work: Annotated[
+        Path, typer.Option(help="Tokenizer, tokens and the checkpoint that a later run resumes.", metavar="FOLDER")
+    ] = Path("runs/work"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
+) -> None:
+    """Train a small model on the Python source of this machine. Stop it when you like: the same command goes on."""
+    from minillm.model.loader import choose_device
+    from minillm.model.train import TrainConfig
+    from minillm.model.train import train as run
+
+    folder = directory or Path("runs") / shape
+    place = choose_device(device).type
+    config = TrainConfig(shape, folder, work, minutes=minutes, seed=seed, compile=compiled, device=place)
+    work.mkdir(parents=True, exist_ok=True)
+    plot = work / f"{shape}-losses.png"
+    check_writable(plot)
+    history = run(config, command=f"minillm train {shape} --minutes {minutes:g} --seed {seed}", plot=plot)
+    losses = history.held_out_losses
+    out.print(f"{history.step} steps, {history.tokens} tokens, held-out loss {losses[-1][1]:.3f} nats per token")
+    out.print(f"Model: {folder.resolve()}", f"Losses: {plot.resolve()}", sep="\n", soft_wrap=True, markup=False)

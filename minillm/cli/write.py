@@ -1,0 +1,191 @@
+"""The commands that write text: `demo`, `generate` and `chat`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from minillm.cli.console import (
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    Threads,
+    check_writable,
+    err,
+    facts,
+    out,
+    quantity,
+    use_threads,
+)
+from minillm.errors import RequestError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from minillm.llm import LLM, Prompt
+    from minillm.outputs import RequestOutput
+    from minillm.sampling import SamplingParams
+
+MaxTokens = Annotated[int, typer.Option(help="New tokens at most.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability mass.")]
+
+DEMO_PROMPT = "def fibonacci(n):\n"
+PROMPT_STYLE, TOKEN_STYLE = "bold #3f90da", "#ffa90e"  # prefill is blue and decode amber, here as in every figure
+
+
+def demo(
+    prompt: Annotated[str, typer.Option(help="What to continue.")] = DEMO_PROMPT,
+    max_tokens: MaxTokens = 64,
+    model: Model = "tiny",
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    picture: Annotated[Path, typer.Option(help="Where to save the timeline.")] = Path("minillm-demo.png"),
+) -> None:
+    """Watch a model write, and see what each of the two phases took."""
+    from minillm.llm import LLM
+    from minillm.sampling import SamplingParams
+    from minillm.viz.timeline import request_timeline
+
+    check_writable(picture)
+    use_threads(threads)
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    llm = LLM(model, device=device, dtype=dtype, seed=seed)
+    _warm_up(llm, prompt)
+    _show(prompt, PROMPT_STYLE)
+    texts, request = _stream(llm, prompt, params)
+    out.print(_measured(llm, request))
+    prompt_tokens = len(request.prompt_token_ids)
+    request_timeline(request.metrics, prompt_tokens=prompt_tokens, texts=texts).savefig(picture)
+    out.print("Timeline:", Text(str(picture.resolve())), soft_wrap=True)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    max_tokens: MaxTokens = 128,
+    model: Model = "tiny",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the output; may be given again.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Continue a prompt. The text goes to stdout, its timing to stderr."""
+    from minillm.llm import LLM
+    from minillm.sampling import SamplingParams
+
+    use_threads(threads)
+    params = SamplingParams(temperature=temperature, top_p=top_p, stop=stop or None, max_tokens=max_tokens, seed=seed)
+    _, request = _stream(LLM(model, device=device, dtype=dtype, seed=seed), prompt, params)
+    err.print(_timing(request), style="dim")
+
+
+def chat(
+    model: Annotated[str, typer.Option(help="A model with a chat template: a folder or a hub name.")],
+    system: Annotated[str, typer.Option(help="Instructions that come before the conversation.")] = "",
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+) -> None:
+    """Talk with a model that was taught to answer. An empty line or Ctrl-D ends the conversation."""
+    from minillm.llm import LLM
+    from minillm.model.tokenizer import load_tokenizer
+    from minillm.sampling import SamplingParams
+
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise RequestError("A random model has no tokenizer and nothing to say. Choose an instruction-tuned model.")
+    messages = [{"role": "system", "content": system}] if system else []
+    tokenizer.apply_chat_template([*messages, {"role": "user", "content": "?"}])  # refuse before loading the weights
+    use_threads(threads)
+    params = SamplingParams(
+        temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop_token_ids=tokenizer.eos_token_ids
+    )
+    llm = LLM(model, device=device, dtype=dtype, seed=seed)
+    while question := _ask():
+        messages.append({"role": "user", "content": question})
+        prompt = {"prompt_token_ids": tokenizer.apply_chat_template(messages)}
+        _, request = _stream(llm, prompt, params)
+        messages.append({"role": "assistant", "content": request.outputs[0].text})
+        err.print(_timing(request), style="dim")
+
+
+def _ask() -> str:
+    """The next line of the user; empty at the end of the input."""
+    try:
+        return out.input("[bold]> [/]").strip()
+    except EOFError:
+        return ""
+
+
+def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> tuple[list[str], RequestOutput]:
+    """Print a completion as it grows; returns what each token added to the text, and the finished request."""
+    texts = []
+    for request in llm.stream(prompt, params):
+        texts.append(request.outputs[0].delta)
+        _show(texts[-1], TOKEN_STYLE)
+    out.print()
+    return texts, request
+
+
+def _show(text: str, style: str) -> None:
+    """Text of a model or a user: coloured and without control characters on a terminal, as it is in a pipe."""
+    if out.is_terminal:
+        out.print(Text(text, style=style), end="", soft_wrap=True)
+    else:
+        out.file.write(text)
+
+
+def _warm_up(llm: LLM, prompt: str) -> None:
+    """Run other tokens of the same length once: kernels are chosen at their first use, and that is not what we time."""
+    from minillm.sampling import SamplingParams
+
+    if llm.tokenizer is not None and (tokens := llm.tokenizer.encode(prompt)):
+        other = [(token + 1) % llm.tokenizer.vocab_size for token in tokens]
+        llm.generate({"prompt_token_ids": other}, SamplingParams(max_tokens=4, ignore_eos=True), progress=False)
+
+
+def _measured(llm: LLM, request: RequestOutput) -> Table:
+    """What the request took, and what it moved, in words of the two phases."""
+    from minillm.measure import formulas
+    from minillm.measure.hardware import dtype_name
+
+    model = llm.engine.model
+    element_bytes = model.dtype.itemsize
+    prompt, new = len(request.prompt_token_ids), len(request.outputs[0].token_ids)
+    per_token = formulas.kv_bytes_per_token(model.config, element_bytes)
+    weights = element_bytes * formulas.matmul_parameters(model.config)
+    ttft, tpot = request.metrics.ttft, request.metrics.tpot
+    rows = [
+        ("prompt tokens", str(prompt), "read by prefill in one step"),
+        ("new tokens", str(new), f"one from prefill, {new - 1} from decode steps"),
+        ("TTFT", quantity(ttft or 0.0, "s"), "time to first token: prefill"),
+    ]
+    if tpot is not None:
+        rows.append(("TPOT", quantity(tpot, "s"), "time per output token: one decode step"))
+        rows.append(("speed", f"{1 / tpot:.0f} tokens/s", "of decode"))
+    rows.append(("weights", quantity(weights, "B"), f"in {dtype_name(model.dtype)}, read by every step"))
+    rows.append(("KV cache", quantity(per_token * (prompt + new - 1), "B"), f"{quantity(per_token, 'B')} per token"))
+    return facts(f"Measured on this {model.device.type.upper()}", rows)
+
+
+def _timing(request: RequestOutput) -> str:
+    """One line: how many tokens, how fast."""
+    metrics, new = request.metrics, len(request.outputs[0].token_ids)
+    parts = [f"{len(request.prompt_token_ids)} prompt tokens, {new} new"]
+    parts += [f"TTFT {quantity(metrics.ttft, 's')}"] if metrics.ttft is not None else []
+    parts += [f"TPOT {quantity(metrics.tpot, 's')}"] if metrics.tpot is not None else []
+    return " · ".join(parts)

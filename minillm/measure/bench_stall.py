@@ -1,0 +1,169 @@
+"""`minillm bench stall`: what a long prompt costs those who are being served, and what sparing them costs the prompt.
+
+Some sequences decode; a long prompt arrives. If all of it goes into the next step, everybody waits for it: one gap
+between two tokens as long as a prefill. If a step takes a budget of tokens, decodes first (Sarathi-Serve, Agrawal et al.
+2024), the gaps stay short and the newcomer waits longer. The budget chooses between the two; here are all choices in one
+run, taking turns.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from minillm.config import EngineConfig
+from minillm.engine.engine import Engine
+from minillm.errors import ConfigError
+from minillm.measure.bench import Quartiles, quartiles
+from minillm.model.decoder import Decoder
+from minillm.sampling import SamplingParams
+
+BUDGETS = (16, 32, 48, 64, 128, 256, 512, 2048)  # tokens per step
+QUIET_STEPS, TAIL_STEPS = 16, 8  # steps before the arrival, and after its first token
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One prompt that arrived among running decodes; times in seconds since its arrival."""
+
+    ttft: float  # of the newcomer
+    others: tuple[tuple[float, ...], ...]  # when each of the others got its tokens, from before the arrival on
+
+    @property
+    def gaps(self) -> list[tuple[float, float]]:
+        """(start, end) of every gap between two tokens of the others."""
+        return [gap for times in self.others for gap in pairwise(times)]
+
+    @property
+    def quiet_itl(self) -> float:
+        """The others' median gap before anybody arrived: what they are used to."""
+        return median(end - start for start, end in self.gaps if end <= 0)
+
+    @property
+    def worst_itl(self) -> float:
+        """Their longest gap that met the newcomer's prefill."""
+        return max(end - start for start, end in self.gaps if end > 0 and start < self.ttft)
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as usual somebody waited."""
+        return self.worst_itl / self.quiet_itl
+
+
+@dataclass(frozen=True)
+class StallRow:
+    """One way to schedule, and everything that happened under it."""
+
+    policy: str
+    budget: int
+    arrivals: list[Arrival] = field(default_factory=list)
+
+    def spread(self, name: str) -> Quartiles:
+        """Quartiles over the arrivals of "ttft", "worst_itl", "quiet_itl" (seconds) or "ratio"."""
+        return quartiles([getattr(arrival, name) for arrival in self.arrivals])
+
+    def to_json(self) -> dict[str, Any]:
+        names = {"ttft": 1e3, "worst_itl": 1e3, "quiet_itl": 1e3, "ratio": 1}
+        return {
+            "policy": self.policy,
+            "max_num_batched_tokens": self.budget,
+            **{name + ("_ms" if s > 1 else ""): [s * q for q in self.spread(name)] for name, s in names.items()},
+            "arrivals": [{"ttft": a.ttft, "others": a.others} for a in self.arrivals],
+        }
+
+
+class StallBench:
+    """Engines that differ only in policy and budget, and the same prompts for all of them."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        choices: Sequence[tuple[str, int]],
+        *,
+        num_running: int = 8,
+        context: int = 128,
+        prompt: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        """choices: (policy, token budget per step). num_running sequences of `context` prompt tokens decode when
+        `prompt` tokens arrive. Raises `ConfigError` for a budget that leaves the newcomer nothing, and for lengths
+        that the model has no positions for."""
+        tight = min(budget for _, budget in choices)
+        if tight <= num_running:
+            raise ConfigError(
+                f"A budget of {tight} tokens per step is used up by {num_running} decodes: nothing is left for a "
+                "prompt. Choose larger budgets or fewer running sequences."
+            )
+        rng = random.Random(seed)
+        vocabulary = range(model.config.vocab_size)
+        self.running = [rng.choices(vocabulary, k=context) for _ in range(num_running)]
+        self.newcomer = rng.choices(vocabulary, k=prompt)
+        steps = -(-(num_running * context + prompt) // (tight - num_running)) + QUIET_STEPS + TAIL_STEPS + 2
+        if max(context + steps, prompt + TAIL_STEPS + 1) > model.config.max_position_embeddings:
+            raise ConfigError(
+                f"With a budget of {tight} the running sequences grow to {context + steps} tokens and the prompt has "
+                f"{prompt}; the model has {model.config.max_position_embeddings} positions. Choose a shorter prompt or "
+                "larger budgets."
+            )
+        self.max_tokens = steps
+        self.rows = [StallRow(policy, budget) for policy, budget in choices]
+        self.engines = [self._engine(model, row) for row in self.rows]
+
+    def _engine(self, model: Decoder, row: StallRow, block_size: int = 16) -> Engine:
+        longest = [len(prompt) + self.max_tokens for prompt in self.running] + [len(self.newcomer) + self.max_tokens]
+        num_blocks = 2 + sum(-(-length // block_size) for length in longest)
+        return Engine(
+            model,
+            EngineConfig(
+                policy=row.policy,
+                max_num_batched_tokens=row.budget,
+                max_num_seqs=len(self.running) + 1,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                trace_steps=0,
+            ),
+        )
+
+    def run(self, repeats: int, progress: Callable[[str], object] = lambda turn: None) -> list[StallRow]:
+        """Let the prompt arrive `repeats` times under each choice, in turns, after a first time that does not count."""
+        for number in range(repeats + 1):
+            for row, engine in zip(self.rows, self.engines, strict=True):
+                progress(f"{row.policy} {row.budget}, {f'round {number} of {repeats}' if number else 'warm-up'}")
+                arrival = arrive(engine, self.running, self.newcomer, self.max_tokens, salt=number)
+                row.arrivals.extend([arrival] if number else [])
+        return self.rows
+
+
+def arrive(
+    engine: Engine, running: Sequence[list[int]], newcomer: list[int], max_tokens: int, *, salt: int = 0
+) -> Arrival:
+    """Start the running sequences, let them settle, add the newcomer, and watch until all have gone on for a while.
+
+    The newcomer comes between two steps. `salt`: choose another each time, or its prompt is in the prefix cache.
+    """
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    tokens: dict[str, list[float]] = defaultdict(list)  # times by request
+
+    def step_until(ids: Sequence[str], count: int) -> None:
+        while min(len(tokens[i]) for i in ids) < count:
+            for event in engine.step():
+                tokens[event.sequence.request_id].append(event.time)
+
+    ids = [engine.add(prompt, params) for prompt in running]
+    step_until(ids, QUIET_STEPS)
+    before = min(len(tokens[i]) for i in ids)
+    for times in tokens.values():
+        del times[:-before]
+    arrival = time.perf_counter()
+    new = engine.add(newcomer, params, salt=salt, arrival_time=arrival)
+    step_until([new], 1 + TAIL_STEPS)
+    for request_id in [*ids, new]:
+        engine.abort(request_id)
+    since = {i: tuple(at - arrival for at in times) for i, times in tokens.items()}
+    return Arrival(since[new][0], tuple(since[i] for i in ids))
