@@ -7,7 +7,7 @@ there is one answer to "what is the model's distribution". Sampling happens in f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.index_put((seen,), torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
-def sample(probs: Tensor, generators: Sequence[Generator | None]) -> Tensor:
+def sample(probs: Tensor, generators: Iterable[Generator | None]) -> Tensor:
     """Draw one token per row of probs [rows, vocab]; int64 [rows]. A row without generator takes its most likely token.
 
     An exponential race: token i arrives after Exp(1)/p_i, and the first to arrive is token i with probability p_i.

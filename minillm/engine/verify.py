@@ -85,7 +85,7 @@ def given_drafts(target: Tensor, drafts: ListLike[Draft]) -> Tensor:
 
 
 def given_draft(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
-    """What position i's token is drawn from once drafts[i] was drawn from proposal[i]; all [rows, vocab], drafts [rows].
+    """What row i's token is drawn from once drafts[i] was drawn from proposal[i]; all [rows, vocab], drafts [rows].
 
     Its mean over proposal is target, whatever proposal is: q(x) min(1, p(x)/q(x)) = min(p(x), q(x)) comes from keeping,
     and the mass that is missing, 1 - sum min(p, q) = sum max(p - q, 0), times the residual is p - min(p, q). Where the

@@ -1,0 +1,1 @@
+"""Proposers: who guesses the next tokens. The engine checks the guesses (`minillm.engine.verify`)."""
