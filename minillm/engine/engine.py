@@ -64,7 +64,7 @@ class Engine:
         self.scheduler = Scheduler(self.config, self.pool, model.config.eos_token_ids)
         self.trace = Trace(maxlen=self.config.trace_steps)
         self._live: dict[str, list[Sequence]] = {}  # unfinished completions by request
-        self._arrivals = count()
+        self._num_added = 0
         self._steps = count()
 
     @property
@@ -85,9 +85,10 @@ class Engine:
         Raises `RequestError` at once for a request that could never be served: see `_refuse`. Others are not affected.
         """
         params = params or SamplingParams()
-        arrival = next(self._arrivals)
+        arrival = self._num_added
         request_id = str(arrival) if request_id is None else request_id
         self._refuse(prompt, params, request_id)
+        self._num_added += 1
         sequence = Sequence(
             request_id=request_id,
             order=(arrival, 0),

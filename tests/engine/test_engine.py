@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine, TokenEvent
+from minillm.errors import RequestError
 from minillm.generate import generate, prefill
 from minillm.model.decoder import Decoder
 from minillm.outputs import Logprob
@@ -119,15 +120,20 @@ def test_completions_draw_from_their_own_streams() -> None:
 
 
 def test_requests_without_a_seed_differ_and_repeat() -> None:
-    def draw() -> list[list[int]]:
+    """Not even a refused request before them shifts what they draw."""
+
+    def draw(refused: int) -> list[list[int]]:
         engine = make_engine(seed=5)
+        for _ in range(refused):
+            with pytest.raises(RequestError):
+                engine.add([], SamplingParams())
         for _ in range(3):
             engine.add(random_prompt(5), SamplingParams(max_tokens=10, ignore_eos=True))
         events = run(engine)
         return [tokens_of(events, str(i)) for i in range(3)]
 
-    first = draw()
-    assert first == draw() and len({tuple(tokens) for tokens in first}) == 3
+    first = draw(refused=0)
+    assert first == draw(refused=2) and len({tuple(tokens) for tokens in first}) == 3
 
 
 def test_repetition_penalty_sees_prompt_and_output() -> None:
