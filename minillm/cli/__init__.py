@@ -22,7 +22,7 @@ from minillm.cli.train import train
 from minillm.cli.write import chat, demo, generate
 from minillm.errors import MinillmError
 
-WRONG_INPUT, OUR_FAULT, INTERRUPTED = 2, 1, 130
+WRONG_INPUT, OUR_FAULT = 2, 1
 
 app = typer.Typer(
     name="minillm",
@@ -54,8 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command (by default the one of this process) and exit."""
     try:
         app(args=None if arguments is None else list(arguments), prog_name="minillm")
-    except KeyboardInterrupt:
-        _fail("Interrupted.", INTERRUPTED)
     except Exception as error:
         if os.environ.get("MINILLM_DEBUG"):
             raise

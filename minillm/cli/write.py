@@ -61,6 +61,7 @@ def demo(
     _warm_up(llm, prompt)
     _show(prompt, PROMPT_STYLE)
     texts, request = _stream(llm, prompt, params)
+    out.print()
     out.print(_measured(llm, request))
     prompt_tokens = len(request.prompt_token_ids)
     request_timeline(request.metrics, prompt_tokens=prompt_tokens, texts=texts).savefig(picture)
