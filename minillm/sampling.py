@@ -108,15 +108,15 @@ def probs_from_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tenso
     arXiv:1904.09751). min-p keeps tokens of at least min_p times the most likely one's probability
     (arXiv:2407.01082). Each works on the renormalised result of the one before, row by row.
     """
+    best = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    if all(p.greedy for p in params):
+        return best
     greedy = torch.tensor([p.greedy for p in params], device=logits.device)
     temperature = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
     probs = torch.softmax(logits.float() / temperature[:, None], dim=-1)
     if any(p.truncates for p in params):
         probs = _truncate(probs, params)
-    if not any(p.greedy for p in params):
-        return probs
-    best = torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1])
-    return torch.where(greedy[:, None], best.float(), probs)
+    return torch.where(greedy[:, None], best, probs)
 
 
 def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -144,16 +144,23 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def sample(probs: Tensor, generators: Iterable[Generator | None]) -> Tensor:
-    """Draw one token per row of probs [rows, vocab]; int64 [rows]. A row without generator takes its most likely token.
+    """Draw one token per row of probs [rows, vocab]; int64 [rows]. A greedy row, all on one token, needs no generator.
 
-    An exponential race: token i arrives after Exp(1)/p_i, and the first to arrive is token i with probability p_i.
-    No host synchronisation, one stream per row, and a row with all its mass on one token always yields it.
+    One uniform number u per row, from the row's own stream, picks the first token at which the running sum of the
+    probabilities exceeds u; a token without probability never is that one. Sums are float64: in float32 the tail of a
+    large vocabulary would be lost in rounding. No host synchronisation.
     """
-    arrival = torch.ones_like(probs)
-    for row, generator in zip(arrival, generators, strict=True):
-        if generator is not None:
-            row.exponential_(generator=generator)
-    return (probs / arrival.clamp_min_(torch.finfo(probs.dtype).tiny)).argmax(dim=-1)
+    fractions = [_uniform(generator, probs.device) for generator in generators]
+    sums = probs.cumsum(dim=-1, dtype=torch.float64)
+    thresholds = torch.stack(fractions)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, thresholds, right=True)[:, 0].clamp_(max=probs.shape[-1] - 1)
+
+
+def _uniform(generator: Generator | None, device: torch.device) -> Tensor:
+    """A float64 in [0, 1); 0 without a generator."""
+    if generator is None:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.rand((), generator=generator, dtype=torch.float64, device=device)
 
 
 def _check(name: str, value: Any, allowed: str, valid: bool) -> None:

@@ -92,7 +92,7 @@ def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
 
 def test_samples_follow_the_distribution() -> None:
     """20,000 draws over 13 tokens: χ² with 12 degrees of freedom exceeds 40 once in 14,000 runs; the seed is fixed.
-    The mutant that races with p instead of Exp/p (taking the most likely token too often) is far outside."""
+    A mutant that takes the largest of p times a uniform number, and so likely tokens too often, is far outside."""
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(3))
     probs = probs_from_logits(logits, [SamplingParams(temperature=0.8)])
     generators = [torch.Generator().manual_seed(i) for i in range(20_000)]
@@ -175,8 +175,20 @@ def test_impossible_parameters_are_refused(wrong: dict[str, Any]) -> None:
     assert isinstance(value, object)
 
 
-def test_sampling_never_meets_zero_over_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An arrival time of exactly 0 for an impossible token would win the race as NaN."""
-    probs = torch.tensor([[0.0, 1.0]])
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self.zero_())
-    assert sampling.sample(probs, [torch.Generator()]).item() == 1
+def test_the_ends_of_the_unit_interval_pick_possible_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens without probability stand first, last and in between; u = 0 and the largest u below 1 avoid them."""
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]] * 2)
+    draws = iter([0.0, 1 - 2**-53])
+    monkeypatch.setattr(sampling, "_uniform", lambda generator, device: torch.tensor(next(draws), dtype=torch.float64))
+    assert sampling.sample(probs, [None, None]).tolist() == [1, 3]
+
+
+def test_the_tail_of_a_large_vocabulary_is_reached() -> None:
+    """A token of probability 1e-9 behind 100,000 others owns its share of the unit interval; float32 sums lose it."""
+    probs = torch.full((100_001,), 1e-5)
+    probs[-1] = 1e-9
+    sums = probs.cumsum(-1, dtype=torch.float64)
+    inside = (sums[-2] + sums[-1]) / 2
+    assert int(torch.searchsorted(sums, inside, right=True)) == 100_000
+    mutant = probs.cumsum(-1, dtype=torch.float32)
+    assert mutant[-1] == mutant[-2]
