@@ -20,6 +20,7 @@ from minillm.measure import formulas
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
 from minillm.measure.bench_subjects import MinillmSubject, Subject
 from minillm.measure.hardware import Hardware, dtype_name, matmul_patterns, matmul_size, read_buffer, read_patterns
+from minillm.measure.steps import Step, decode_step, prefill_step
 from minillm.model.decoder import Decoder
 
 DECODE_STEPS = 8  # tokens per repeat of decode: one alone would be short for the clock, and cold
@@ -131,8 +132,7 @@ class LatencyBench:
         """TTFT of a prompt of `tokens` tokens: the whole first step, head included."""
         prompt = self._prompt(tokens)
         timings = self._take_turns({name: partial(s.prefill, prompt) for name, s in self.subjects.items()})
-        bytes_read = formulas.prefill_bytes(self.config, self.element_bytes)
-        bound = self.ceilings.bound(bytes_read, formulas.prefill_flops(self.config, tokens), timings)
+        bound = self._bound(prefill_step(tokens), timings)
         return LatencyRow("prefill", tokens, {name: timings[name] for name in self.subjects}, bound)
 
     @torch.inference_mode()
@@ -143,10 +143,12 @@ class LatencyBench:
             subject.prefill(prompt)
         turns = {name: partial(s.decode, context, DECODE_STEPS) for name, s in self.subjects.items()}
         timings = self._take_turns(turns)
-        length = context + (DECODE_STEPS + 1) // 2
-        bytes_read = formulas.decode_bytes(self.config, length, self.element_bytes)
-        bound = self.ceilings.bound(bytes_read, formulas.decode_flops(self.config, length), timings)
+        bound = self._bound(decode_step(context + (DECODE_STEPS + 1) // 2), timings)
         return LatencyRow("decode", context, {name: timings[name].per(DECODE_STEPS) for name in self.subjects}, bound)
+
+    def _bound(self, step: Step, timings: Mapping[str, Timing]) -> Bound:
+        bytes_read = formulas.least_bytes(self.config, step, self.element_bytes)
+        return self.ceilings.bound(bytes_read, formulas.step_flops(self.config, step).total, timings)
 
     def _prompt(self, tokens: int) -> list[int]:
         return random.Random(self.seed).choices(range(self.config.vocab_size), k=tokens)

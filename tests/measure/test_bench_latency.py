@@ -17,6 +17,7 @@ from minillm.measure.bench_latency import DECODE_STEPS, Bound, LatencyBench, Lat
 from minillm.measure.bench_subjects import MinillmSubject, TransformersSubject
 from minillm.measure.hardware import Hardware
 from minillm.measure.machine import Machine
+from minillm.measure.steps import decode_step, prefill_step
 from minillm.model.decoder import Decoder
 from tests.families import random_model
 
@@ -100,10 +101,10 @@ def test_bounds_are_those_of_the_formulas() -> None:
     model = random_model()
     bench = LatencyBench(model, HARDWARE, repeats=1)
     ttft, tpot = bench_latency(bench, prompts=[6], contexts=[6])
-    assert ttft.bound.bytes_read == formulas.prefill_bytes(model.config, 4)
-    assert ttft.bound.flops == formulas.prefill_flops(model.config, 6)
+    assert ttft.bound.bytes_read == formulas.weight_bytes(model.config, 4, tokens=6)
+    assert ttft.bound.flops == formulas.step_flops(model.config, prefill_step(6)).total
     lengths = [6 + step for step in range(1, DECODE_STEPS + 1)]
-    mean = sum(formulas.decode_bytes(model.config, n, 4) for n in lengths) / DECODE_STEPS
+    mean = sum(formulas.least_bytes(model.config, decode_step(n), 4) for n in lengths) / DECODE_STEPS
     assert abs(tpot.bound.bytes_read - mean) <= formulas.kv_bytes_per_token(model.config, 4) / 2
 
 
