@@ -1,0 +1,69 @@
+"""Any step, run by the real model on the engine's paged cache: what counters count and stopwatches time.
+
+run = StepRunner(model, decode_step(context=1000, batch=16))
+with Counter(model, kv=run.cache) as counted:
+    run()
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minillm.attention import PagedAttention, PagedLayout, get_backend
+from minillm.cache.paged import PagedCache
+from minillm.config import ModelConfig
+from minillm.measure.steps import Step, num_tokens
+from minillm.model.decoder import Decoder, RMSNorm
+
+BLOCK_SIZE = 16
+
+
+class StepRunner:
+    """One step of random tokens over a cache that is as full as the step wants; calling it again repeats it.
+
+    The cache holds zeros where earlier steps would have written: right for FLOPs, bytes and time, not for text.
+    Sequences share nothing. `attention` is a paged attention function, by default the engine's choice.
+    """
+
+    def __init__(self, model: Decoder, step: Step, *, attention: PagedAttention | None = None, seed: int = 0) -> None:
+        self.model, self.step = model, step
+        ends = torch.tensor([q_len for q_len, _ in step]).cumsum(0)
+        widths = [-(-kv_len // BLOCK_SIZE) for _, kv_len in step]
+        starts = [1 + sum(widths[:i]) for i in range(len(step))]  # block 0 is the dummy block
+        self.cache = PagedCache(
+            model.config,
+            attention or get_backend("auto", model.device),
+            num_blocks=1 + sum(widths),
+            block_size=BLOCK_SIZE,
+            device=model.device,
+            dtype=model.dtype,
+        )
+        self.layout = PagedLayout.build(
+            [list(range(start, start + width)) for start, width in zip(starts, widths, strict=True)],
+            [q_len for q_len, _ in step],
+            [kv_len for _, kv_len in step],
+            block_size=BLOCK_SIZE,
+            device=model.device,
+        )
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(model.config.vocab_size, (num_tokens(step),), generator=generator)
+        positions = torch.cat([torch.arange(kv_len - q_len, kv_len) for q_len, kv_len in step])
+        self.tokens, self.positions = tokens.to(model.device), positions.to(model.device)
+        self.last_rows = (ends - 1).to(model.device)
+
+    @torch.inference_mode()
+    def __call__(self) -> Tensor:
+        """Run the step: float32 logits [num_seqs, vocab_size] behind the last token of each sequence."""
+        hidden = self.model(self.tokens, self.positions, self.cache.attend(self.layout))
+        return self.model.logits(hidden[self.last_rows])
+
+
+def weightless(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Decoder:
+    """A model of any size without memory, on the meta device: to be counted, not to be computed with."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    for module in model.modules():
+        if not isinstance(module, RMSNorm) and not any(module.children()):
+            module.to(dtype)
+    return model.eval().requires_grad_(False)
