@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from minillm.errors import ConfigError
 from minillm.model.bpe import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer, train_tokenizer
 from minillm.model.corpus import held_out_texts, training_documents
 
@@ -33,10 +34,13 @@ class TrainingData:
     held_out_bytes: int
 
 
-def prepare(work: Path, seed: int = 0) -> TrainingData:
-    """The data in the folder `work`; made from the corpus if it is not there yet, which takes a minute."""
+def prepare(work: Path, tokenizer_file: Path | None = None, seed: int = 0) -> TrainingData:
+    """The data in the folder `work`; made from the corpus if it is not there yet, which takes a minute.
+
+    tokenizer_file: the tokenizer.json to encode with; None trains one. Raises ConfigError if there is no such file.
+    """
     if not (work / "corpus.json").exists():
-        _make(work, seed)
+        _make(work, tokenizer_file, seed)
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     texts = held_out_texts(HELD_OUT_BYTES)
     return TrainingData(
@@ -48,14 +52,15 @@ def prepare(work: Path, seed: int = 0) -> TrainingData:
     )
 
 
-def _make(work: Path, seed: int) -> None:
-    """Train the tokenizer and encode the corpus, files in an order drawn from `seed`."""
+def _make(work: Path, tokenizer_file: Path | None, seed: int) -> None:
+    """Train or take the tokenizer and encode the corpus, files in an order drawn from `seed`."""
+    if tokenizer_file is not None and not tokenizer_file.is_file():
+        raise ConfigError(f"There is no tokenizer at {tokenizer_file}. Give a tokenizer.json, or none to train one.")
     work.mkdir(parents=True, exist_ok=True)
     texts = [document.text for document in training_documents()]
-    log.info("training the tokenizer on %d files", len(texts))
-    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
+    log.info("tokenizing %d files", len(texts))
+    tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file else train_tokenizer(texts, VOCAB_SIZE)
     save_tokenizer(tokenizer, work)
-    log.info("encoding the corpus")
     order = np.random.default_rng(seed).permutation(len(texts))
     np.save(work / "tokens.npy", pack(tokenizer, (texts[i] for i in order)))
     counts = {"documents": len(texts), "corpus_bytes": sum(len(text.encode()) for text in texts)}

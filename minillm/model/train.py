@@ -14,14 +14,12 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
@@ -32,6 +30,7 @@ from minillm.model.bpe import END_OF_TEXT_ID, save_tokenizer
 from minillm.model.card import Facts, machine_name, plot_losses, write_card
 from minillm.model.decoder import Decoder
 from minillm.model.loader import save_checkpoint
+from minillm.model.loss import compiled, mean_loss, row_loss
 from minillm.model.optimizer import make_optimizers, tie_head_norms
 
 log = logging.getLogger(__name__)
@@ -41,8 +40,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny-draft": dict(hidden_size=128, intermediate_size=384, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64),
 }
 
-LossFunction = Callable[[Decoder, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -51,6 +48,7 @@ class TrainConfig:
     shape: str  # a key of SHAPES
     out: Path  # the Hugging Face folder to write
     work: Path  # tokenizer, tokens and the resumable checkpoint; runs that share it share the tokenizer
+    tokenizer: Path | None = None  # a tokenizer.json to use, such as that of the model to draft for; None trains one
     minutes: float = 60.0
     seed: int = 0
     batch_tokens: int = 4096
@@ -108,7 +106,7 @@ def train(config: TrainConfig, *, command: str, plot: Path | None = None, progre
 
     command: what a reader types to repeat this, for the model card. plot: a picture file for the loss curves.
     """
-    data = prepare(config.work)
+    data = prepare(config.work, config.tokenizer)
     held_out = windows(data.held_out, config.length, range(count_windows(data.held_out, config.length)))
     run = Run(config, data.tokenizer.get_vocab_size())
     run.resume()
@@ -215,48 +213,6 @@ class Run:
 
     def _path(self) -> Path:
         return self.config.work / f"{self.config.shape}.pt"
-
-
-def row_loss(model: Decoder, rows: Tensor) -> Tensor:
-    """Mean cross entropy, in nats, of predicting rows[:, 1:] from rows[:, :-1]; rows [batch, length + 1] int64."""
-    inputs, targets = rows[:, :-1], rows[:, 1:]
-    count, length = inputs.shape
-    positions = torch.arange(length, device=rows.device).repeat(count)
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        group = q.shape[1] // k.shape[1]
-        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return mixed.transpose(1, 2).flatten(0, 1)
-
-    with torch.autocast(rows.device.type, torch.bfloat16):
-        logits = model.logits(model(inputs.reshape(-1), positions, attend))
-    return F.cross_entropy(logits, targets.reshape(-1))
-
-
-@torch.no_grad()
-def mean_loss(model: Decoder, rows: Tensor, count: int = 8) -> float:
-    """The mean of `row_loss` over rows [n, length + 1], `count` rows at a time."""
-    losses = [row_loss(model, part) * len(part) for part in rows.split(count)]
-    return float(torch.stack(losses).sum() / len(rows))
-
-
-def compiled(function: LossFunction) -> LossFunction:
-    """`function` through torch.compile, or as it is from the moment that this machine turns out unable to compile."""
-    fast: LossFunction | None = torch.compile(function, dynamic=False)
-
-    def call(model: Decoder, rows: Tensor) -> Tensor:
-        nonlocal fast
-        if fast is not None:
-            try:
-                return fast(model, rows)
-            except Exception as error:  # no C++ compiler, an unsupported Python …: many types, one remedy
-                log.warning("torch.compile does not work here (%s); training goes on without it.", type(error).__name__)
-                fast = None
-        return function(model, rows)
-
-    return call
 
 
 def initialize(model: Decoder, seed: int) -> Decoder:

@@ -20,8 +20,9 @@ from minillm.model.batches import batch, pack, prepare
 from minillm.model.bpe import END_OF_TEXT_ID, train_tokenizer
 from minillm.model.decoder import Decoder
 from minillm.model.loader import load_model
+from minillm.model.loss import compiled, row_loss
 from minillm.model.optimizer import Muon, make_optimizers, orthogonalize, tie_head_norms
-from minillm.model.train import Run, TrainConfig, initialize, rate_factor, row_loss
+from minillm.model.train import Run, TrainConfig, initialize, rate_factor
 
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
 LINES = [f"def f{i}(x):\n    return x + {i}\n" for i in range(300)]
@@ -145,6 +146,15 @@ def test_texts_are_packed_with_an_end_between() -> None:
     tokenizer = train_tokenizer(LINES, 300)
     packed = pack(tokenizer, LINES[:2]).tolist()
     assert packed == [*tokenizer.encode(LINES[0]).ids, END_OF_TEXT_ID, *tokenizer.encode(LINES[1]).ids, END_OF_TEXT_ID]
+
+
+def test_a_given_tokenizer_is_used(small: TrainConfig, tmp_path: Path) -> None:
+    """A draft model needs the tokenizer of the model it drafts for."""
+    first = prepare(small.work)
+    second = prepare(tmp_path / "other", small.work / "tokenizer.json")
+    assert first.tokenizer.to_str() == second.tokenizer.to_str() and np.array_equal(first.tokens, second.tokens)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        prepare(tmp_path / "third", tmp_path / "nothing.json")
 
 
 # ---------------------------------------------------------------- schedule
@@ -330,5 +340,5 @@ def test_training_goes_on_without_a_compiler(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch, "compile", broken)
     model, rows = small_model(), torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(3))
-    loss = train.compiled(row_loss)
+    loss = compiled(row_loss)
     assert loss(model, rows) == loss(model, rows) == row_loss(model, rows)
