@@ -53,7 +53,7 @@ def test_words_are_the_metrics() -> None:
     assert "4 × TPOT" not in words(figure), "four tokens take three decode steps"
     assert "prefill: 7 tokens at once" in words(figure)
     assert "queue" not in words(figure)
-    assert "100 ms of it in the queue" in words(request_timeline(metrics([1.0], queue=0.1), prompt_tokens=7))
+    assert "200 ms of it in the queue" in words(request_timeline(metrics([1.0], queue=0.2), prompt_tokens=7))
 
 
 def test_one_token_has_no_decode() -> None:
