@@ -1,9 +1,9 @@
 """`minillm bench stall`: what a long prompt costs those who are being served, and what sparing them costs the prompt.
 
 Some sequences decode; a long prompt arrives. If all of it goes into the next step, everybody waits for it: one gap
-between two tokens as long as a prefill. If a step takes a budget of tokens, decodes first (Sarathi-Serve, Agrawal et al.
-2024), the gaps stay short and the newcomer waits longer. The budget chooses between the two; here are all choices in one
-run, taking turns.
+between two tokens as long as a prefill. If a step takes a budget of tokens, decodes first (Sarathi-Serve, Agrawal et
+al. 2024), the gaps stay short and the newcomer waits longer. The budget chooses between the two; here are all choices
+in one run, taking turns.
 """
 
 from __future__ import annotations
