@@ -57,6 +57,7 @@ def tiled_attention(
     """
     q_len, heads, d = q.shape
     kv_heads, kv_len, _ = k.shape
+    offset = kv_len - q_len  # position of query 0
     out, lse = torch.empty_like(q), q.new_empty(q_len, heads, dtype=accumulator_dtype(q.dtype))
     scaled = q * (scale * log2(e))  # scores in units of log 2, because exp2 takes half as long as exp
     rows = scaled.view(q_len, kv_heads, heads // kv_heads, d).permute(1, 2, 0, 3)
@@ -64,8 +65,8 @@ def tiled_attention(
     for start in range(0, q_len, q_tile):
         queries = range(start, min(start + q_tile, q_len))
         softmax.begin(rows[:, :, queries.start : queries.stop])
-        for keys in _visible_tiles(queries, kv_len - q_len, kv_tile, sliding_window):
-            bias = _bias(queries, keys, kv_len - q_len, sliding_window, softmax.m)
+        for keys in _visible_tiles(queries, offset, kv_tile, sliding_window):
+            bias = _bias(queries, keys, offset, sliding_window, softmax.m)
             softmax.fold(k[:, keys.start : keys.stop], v[:, keys.start : keys.stop], bias)
             if observer:
                 observer(softmax.snapshot(queries, keys))
@@ -139,10 +140,7 @@ class _OnlineSoftmax:
 
 
 def _visible_tiles(queries: range, offset: int, kv_tile: int, sliding_window: int | None) -> Iterator[range]:
-    """Tiles of keys of which a query sees something: the causal rule ends them, a sliding window lets them start late.
-
-    `offset` = kv_len - q_len is the position of query 0.
-    """
+    """Tiles of keys of which a query sees something: the causal rule ends them, a sliding window lets them start late."""
     first, last = offset + queries.start, offset + queries[-1]
     oldest = 0 if sliding_window is None else max(0, first - sliding_window + 1)
     for start in range(oldest, last + 1, kv_tile):

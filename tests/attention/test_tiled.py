@@ -1,0 +1,205 @@
+"""Tiles of any size against the definition; the log-sum-exp, merging, what an observer sees; and wrong versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minillm.attention import tiled
+from minillm.attention.naive import naive_attention
+from minillm.attention.tiled import TileStep, merge, tiled_attention
+from tests.attention.cases import CASES, Case, check, exact_attention, expected, mutant, rejected
+
+TILES = [(128, 256), (16, 32), (7, 5)]
+
+
+def run_tiled(module: ModuleType, case: Case, dtype: torch.dtype, q_tile: int, kv_tile: int) -> None:
+    tensors = case.tensors(dtype)
+    out, lse = module.tiled_attention(
+        *tensors, scale=case.scale, sliding_window=case.window, q_tile=q_tile, kv_tile=kv_tile
+    )
+    wanted, wanted_lse = expected(case, dtype)
+    check(out, wanted, case, dtype)
+    check(lse, wanted_lse, case, dtype, "log-sum-exp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("q_tile", "kv_tile"), TILES)
+@pytest.mark.parametrize("name", CASES)
+def test_tiled_is_the_definition(name: str, q_tile: int, kv_tile: int, dtype: torch.dtype) -> None:
+    run_tiled(tiled, CASES[name], dtype, q_tile, kv_tile)
+
+
+@pytest.mark.parametrize("name", ["one query", "square", "fully masked rows", "window of one"])
+def test_tiles_of_one(name: str) -> None:
+    run_tiled(tiled, CASES[name], torch.float64, 1, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 8),
+    q_len=st.integers(0, 40),
+    kv_len=st.integers(0, 60),
+    d=st.integers(1, 70),
+    window=st.none() | st.integers(1, 70),
+    tiles=st.tuples(st.integers(1, 50), st.integers(1, 70)),
+    spread=st.sampled_from([0.0, 1.0, 1e4]),
+    seed=st.integers(0, 2**20),
+)
+def test_any_shape(
+    kv_heads: int,
+    group: int,
+    q_len: int,
+    kv_len: int,
+    d: int,
+    window: int | None,
+    tiles: tuple[int, int],
+    spread: float,
+    seed: int,
+) -> None:
+    run_tiled(tiled, Case(q_len, kv_len, kv_heads * group, kv_heads, d, window, spread, seed), torch.float64, *tiles)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.spread == 1])
+def test_bfloat16_errs_no_more_than_twice_the_textbook_form(name: str) -> None:
+    case = CASES[name]
+    q, k, v = case.tensors(torch.bfloat16)
+    wanted, _ = expected(case, torch.bfloat16)
+    out, _ = tiled_attention(q, k, v, scale=case.scale, sliding_window=case.window)
+    check(out, wanted, case, torch.bfloat16)
+    textbook = naive_attention(q, k, v, scale=case.scale, sliding_window=case.window)
+    error, allowed = ((x - wanted).square().sum().sqrt().item() for x in (out, textbook))
+    assert error <= 2 * allowed, case
+
+
+def test_strided_keys_and_queries_give_the_same() -> None:
+    case = Case(30, 50, heads=6, kv_heads=2)
+    q, k, v = case.tensors(torch.float32)
+    fused = torch.cat([q, torch.zeros(30, 4, 64)], dim=1)[:, :6]
+    k_wide, v_wide = (torch.cat([x, x], dim=1)[:, :50] for x in (k, v))
+    plain, _ = tiled_attention(q, k, v, scale=case.scale)
+    strided, _ = tiled_attention(fused, k_wide, v_wide, scale=case.scale)
+    assert torch.equal(plain, strided)
+
+
+def parts_of(case: Case, cuts: list[int]) -> tuple[Tensor, Tensor]:
+    """The last queries of `case` over disjoint parts of its keys, which all of them see."""
+    q, k, v = case.tensors(torch.float64)
+    outs, lses = [], []
+    for start, stop in zip([0, *cuts], [*cuts, case.kv_len], strict=True):
+        part = Case(1, stop - start, case.heads, case.kv_heads, case.d)
+        out, lse = exact_attention(q, k[:, start:stop], v[:, start:stop], part)
+        outs.append(out)
+        lses.append(lse)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def run_merge(module: ModuleType, spread: float, cuts: list[int]) -> None:
+    case = Case(1, 90, heads=6, kv_heads=2, spread=spread)
+    wanted, wanted_lse = expected(case, torch.float64)
+    out, lse = module.merge(*parts_of(case, cuts))
+    check(out, wanted, case, torch.float64)
+    check(lse, wanted_lse, case, torch.float64, "log-sum-exp")
+
+
+@pytest.mark.parametrize("spread", [1.0, 3e3])
+@pytest.mark.parametrize("cuts", [[], [45], [0, 1, 2], [30, 30, 60, 90], [90]])
+def test_parts_merge_to_the_whole(cuts: list[int], spread: float) -> None:
+    """Any split, empty parts among them."""
+    run_merge(tiled, spread, cuts)
+
+
+def test_merging_nothing_with_nothing_is_nothing() -> None:
+    out, lse = merge(torch.zeros(3, 2, 4), torch.full((3, 2), float("-inf")))
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
+def test_the_observer_sees_every_tile_and_every_running_value() -> None:
+    case = Case(40, 70, heads=6, kv_heads=2)
+    q, k, v = case.tensors(torch.float64)
+    steps: list[TileStep] = []
+    tiled_attention(q, k, v, scale=case.scale, q_tile=16, kv_tile=32, observer=steps.append)
+    keys = [(step.queries.start, step.keys) for step in steps]
+    assert keys == [
+        (0, range(0, 32)), (0, range(32, 46)),
+        (16, range(0, 32)), (16, range(32, 62)),
+        (32, range(0, 32)), (32, range(32, 64)), (32, range(64, 70)),
+    ]  # fmt: skip
+    for step in steps:
+        seen = naive_scores(case, step)
+        m = seen.amax(-1)
+        weights = (seen - m[..., None]).exp()
+        torch.testing.assert_close(step.m, m)
+        torch.testing.assert_close(step.l, weights.sum(-1))
+        torch.testing.assert_close(step.out, weights @ v.repeat_interleave(3, 0)[:, : step.keys.stop])
+
+
+def naive_scores(case: Case, step: TileStep) -> Tensor:
+    """Scaled scores `[heads, queries, keys]` of all keys that the running values cover so far."""
+    q, k, _ = case.tensors(torch.float64)
+    rows = q[step.queries.start : step.queries.stop].transpose(0, 1)
+    scores = rows @ k.repeat_interleave(case.heads // case.kv_heads, 0).transpose(1, 2) * case.scale
+    position = torch.tensor(step.queries)[:, None] + case.kv_len - case.q_len
+    return scores.masked_fill(torch.arange(case.kv_len) > position, float("-inf"))[..., : step.keys.stop]
+
+
+def test_tiles_that_the_rule_hides_are_never_computed() -> None:
+    """A causal square of 8 x 8 tiles computes 36 of them; a window of 16 keys leaves at most 3 per row."""
+    case = Case(128, 128)
+    q, k, v = case.tensors(torch.float32)
+    for window, allowed in ((None, 36), (16, 2 * 8)):
+        steps: list[TileStep] = []
+        tiled_attention(q, k, v, scale=1.0, sliding_window=window, q_tile=16, kv_tile=16, observer=steps.append)
+        assert len(steps) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("self.out.mul_(rescale).add_(weighted)", "self.out.add_(weighted)"),
+        ("self.l.mul_(rescale).add_(", "self.l.add_("),
+        ("1), NEG_INF, dtype=self.accumulator)", "1), 0.0, dtype=self.accumulator)"),
+        ("offset = kv_len - q_len", "offset = 0"),
+        ("key <= position - sliding_window", "key < position - sliding_window"),
+        ("first - sliding_window + 1)", "first - sliding_window + 2)"),
+        ("range(start, min(start + kv_tile, last + 1))", "range(start, start + kv_tile)"),
+        ("base = _finite(m)", "base = m"),
+        ("self.l.where(self.l > 0, 1.0)", "self.l"),
+        ("(self.m + self.l.log2()) * LN2", "self.m + self.l.log2()"),
+        ("keys.stop <= first + 1 and", "keys.stop <= last + 1 and"),
+    ],
+)
+def test_the_oracle_rejects(old: str, new: str, tmp_path: Path) -> None:
+    wrong = mutant(tiled, old, new, tmp_path)
+
+    def run() -> None:
+        for case in CASES.values():
+            run_tiled(wrong, case, torch.float64, 16, 32)
+
+    assert rejected(run)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("largest = lses.amax(0)", "largest = torch.zeros_like(lses[0])"),
+        ("total.where(total > 0, 1.0)", "len(lses)"),
+        ("lses - _finite(largest)", "lses - largest"),
+    ],
+)
+def test_merging_is_checked_too(old: str, new: str, tmp_path: Path) -> None:
+    wrong = mutant(tiled, old, new, tmp_path)
+
+    def run() -> None:
+        for spread in (1.0, 3e3):
+            run_merge(wrong, spread, [0, 30, 30])
+        assert wrong.merge(torch.zeros(2, 1, 4), torch.full((2, 1), float("-inf")))[0].isfinite().all()
+
+    assert rejected(run)
