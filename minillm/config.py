@@ -218,8 +218,9 @@ class EngineConfig:
     max_num_seqs: sequences that run at the same time. max_num_batched_tokens: tokens per step, the budget that keeps a
     long prompt from stalling the others. policy: see `minillm.engine.scheduler`. enable_prefix_caching: reuse the KV of
     common beginnings. attention: a backend of `minillm.attention`. cuda_graphs: replay decode steps from CUDA graphs;
-    no effect on a CPU. seed: for requests that bring none. trace_steps: how many of the latest `StepRecord`s are kept.
-    debug: recompute every invariant after each step; slow.
+    no effect on a CPU. num_speculative_tokens: how many tokens a proposer, if there is one, may guess for a sequence
+    in one step. adaptive_drafts: guess fewer where guesses were wrong. seed: for requests that bring none.
+    trace_steps: how many of the latest `StepRecord`s are kept. debug: recompute every invariant after each step; slow.
 
     Raises ConfigError for values that cannot work.
     """
@@ -233,6 +234,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     attention: str = "auto"
     cuda_graphs: bool = True
+    num_speculative_tokens: int = 4
+    adaptive_drafts: bool = True
     seed: int = 0
     trace_steps: int = 2000
     debug: bool = False
@@ -240,6 +243,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
         _at_least("trace_steps", self.trace_steps, 0)
         if self.num_blocks is not None:
             _at_least("num_blocks", self.num_blocks, 2)

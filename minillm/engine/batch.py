@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minillm.attention import PagedLayout
+from minillm.engine.proposer import Draft
 from minillm.engine.scheduler import StepPlan
 from minillm.engine.sequence import Sequence
 
@@ -16,15 +18,16 @@ from minillm.engine.sequence import Sequence
 class Batch:
     """What the model needs for one step, whatever mixture of chunks and decodes it is.
 
-    `logit_indices` picks the last token of each sequence that samples; spawned completions share a row, and a sequence
-    that stays behind has none: sampling from the middle of its prompt would invent a token.
+    `logit_indices` picks the last token of each sequence that samples, and the drafts behind it; spawned completions
+    share a row, and a sequence that stays behind has none: sampling from the middle of its prompt would invent a token.
     """
 
     tokens: Tensor  # [num_tokens] int64
     positions: Tensor  # [num_tokens] int64, absolute
     layout: PagedLayout
-    logit_indices: Tensor  # [num_samplers] int64
+    logit_indices: Tensor  # [num_samplers + number of drafts] int64
     samplers: list[Sequence]
+    drafts: list[Draft]  # one for each sampler
     copies: list[tuple[int, int]]  # blocks to copy first, (source, target)
 
     @classmethod
@@ -34,15 +37,15 @@ class Batch:
         positions: list[int] = []
         logit_indices: list[int] = []
         for part in plan.scheduled.values():
-            start, end = part.sequence.num_computed, part.sequence.num_computed + part.num_tokens
-            tokens += part.sequence.tokens[start:end]
-            positions += range(start, end)
-            logit_indices += [len(tokens) - 1] * len(part.samplers)
+            start = part.sequence.num_computed
+            tokens += part.sequence.tokens[start : start + part.num_tokens] + part.draft.tokens
+            positions += range(start, part.kv_len)
+            logit_indices += [*range(len(tokens) - 1 - len(part.draft), len(tokens))] * len(part.samplers)
         parts = plan.scheduled.values()
         layout = PagedLayout.build(
             [part.sequence.table.blocks for part in parts],
-            [part.num_tokens for part in parts],
-            [part.sequence.num_computed + part.num_tokens for part in parts],
+            [part.q_len for part in parts],
+            [part.kv_len for part in parts],
             block_size=block_size,
             device=device,
         )
@@ -52,5 +55,12 @@ class Batch:
             layout=layout,
             logit_indices=torch.tensor(logit_indices, dtype=torch.int64, device=device),
             samplers=plan.samplers,
+            drafts=[part.draft for part in parts for _ in part.samplers],
             copies=plan.copies,
         )
+
+    def rows(self) -> Iterator[tuple[Sequence, list[int]]]:
+        """For each of `logit_indices`: the sequence that goes on there, and the drafts that come before."""
+        for sequence, draft in zip(self.samplers, self.drafts, strict=True):
+            for count in range(1 + len(draft)):
+                yield sequence, draft.tokens[:count]

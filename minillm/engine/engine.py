@@ -5,7 +5,7 @@
     while engine.has_unfinished:
         for event in engine.step():
             event.sequence.request_id, event.sequence.index    # which completion of which request
-            event.token_ids, event.logprobs                    # its new tokens (one today, several with drafts)
+            event.token_ids, event.logprobs                    # its new tokens (one, or several with a proposer)
             event.time, event.finish_reason                    # when they were on the host; why it ended, if it did
 
 The engine knows token ids and no text. Whoever does (`minillm.llm`) may end a completion early, for instance at a stop
@@ -27,9 +27,11 @@ from itertools import count, pairwise
 from minillm.cache.blocks import BlockPool
 from minillm.config import EngineConfig, check_prompt
 from minillm.engine.batch import Batch
+from minillm.engine.proposer import Proposer
 from minillm.engine.runner import Drawn, ModelRunner
 from minillm.engine.scheduler import Scheduler, StepPlan
 from minillm.engine.sequence import Sequence
+from minillm.engine.speculation import add_drafts
 from minillm.engine.trace import SequenceStep, StepRecord, Trace
 from minillm.errors import RequestError
 from minillm.model.decoder import Decoder
@@ -49,11 +51,15 @@ class TokenEvent:
 
 
 class Engine:
-    """Serves many requests with one model: continuous batching over a paged, shared KV cache."""
+    """Serves many requests with one model: continuous batching over a paged, shared KV cache.
 
-    def __init__(self, model: Decoder, config: EngineConfig | None = None) -> None:
+    `proposer`: who guesses tokens ahead, so that several can be checked in one step (`minillm.speculative`).
+    """
+
+    def __init__(self, model: Decoder, config: EngineConfig | None = None, proposer: Proposer | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
+        self.proposer = proposer
         self.runner = ModelRunner(model, self.config)
         self.pool = BlockPool(
             self.runner.cache.num_blocks,
@@ -79,8 +85,11 @@ class Engine:
         request_id: str | None = None,
         salt: Hashable = None,
         arrival_time: float | None = None,
+        num_speculative_tokens: int | None = None,
     ) -> str:
         """Queue a request and return its id. Requests with different `salt` never share KV.
+
+        `num_speculative_tokens` overrides the engine's setting for this request; 0: guess nothing.
 
         Raises `RequestError` at once for a request that could never be served: see `_refuse`. Others are not affected.
         """
@@ -89,6 +98,7 @@ class Engine:
         request_id = str(arrival) if request_id is None else request_id
         self._refuse(prompt, params, request_id)
         self._num_added += 1
+        drafts = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
         sequence = Sequence(
             request_id=request_id,
             order=(arrival, 0),
@@ -99,6 +109,8 @@ class Engine:
             arrival_time=time.perf_counter() if arrival_time is None else arrival_time,
             salt=salt,
             num_forks=params.n - 1,
+            max_drafts=drafts,
+            num_drafts=drafts,
         )
         self._live[request_id] = [sequence]
         self.scheduler.add(sequence)
@@ -142,8 +154,11 @@ class Engine:
         clock = [time.perf_counter()]
         plan = self.scheduler.schedule()
         clock.append(time.perf_counter())
-        self._check()
         try:
+            if self.proposer:
+                add_drafts(plan, self.proposer, self.pool, self.scheduler.running)
+            clock.append(time.perf_counter() if self.proposer else clock[-1])
+            self._check()
             batch = Batch.pack(plan, self.pool.block_size, self.model.device)
             clock.append(time.perf_counter())
             drawn = self.runner.run(batch)
@@ -151,7 +166,8 @@ class Engine:
             self.scheduler.abandon(plan)
             raise
         clock.append(time.perf_counter())
-        sequences = tuple(SequenceStep.of(part) for part in plan.scheduled.values())
+        accepted = {sequence: len(said) - 1 for sequence, said in zip(plan.samplers, drawn.tokens, strict=True)}
+        sequences = tuple(SequenceStep.of(part, accepted.get(part.sequence, 0)) for part in plan.scheduled.values())
         events = self._commit(plan, drawn, clock)
         clock.append(time.perf_counter())
         self.trace.append(self._record(plan, sequences, clock))
@@ -168,11 +184,12 @@ class Engine:
             sequence.first_scheduled_time = sequence.first_scheduled_time or clock[0]
         logprobs = dict(zip(plan.samplers, drawn.logprobs, strict=True))
         events = []
-        for sequence, token in self.scheduler.commit(plan, drawn.tokens):
+        for sequence, tokens in self.scheduler.commit(plan, drawn.tokens):
             if sequence not in plan.scheduled:  # it was spawned in this step
                 self._live.setdefault(sequence.request_id, []).append(sequence)
             extra = logprobs[sequence]
-            events.append(TokenEvent(sequence, [token], [extra] if extra else None, clock[-1], sequence.finish_reason))
+            extra = None if extra is None else extra[: len(tokens)]
+            events.append(TokenEvent(sequence, tokens, extra, clock[-1], sequence.finish_reason))
             self._forget_if_finished(sequence)
         return events
 
@@ -194,19 +211,22 @@ class Engine:
 
     def _forget_if_finished(self, sequence: Sequence) -> None:
         if sequence.finished:
+            if self.proposer:
+                self.proposer.forget(sequence)
             completions = self._live[sequence.request_id]
             completions.remove(sequence)
             if not completions:
                 del self._live[sequence.request_id]
 
     def _record(self, plan: StepPlan, sequences: tuple[SequenceStep, ...], clock: list[float]) -> StepRecord:
-        """Write down the step. `clock` holds its start and the ends of schedule, pack, run and commit."""
-        schedule_time, pack_time, run_time, commit_time = (later - earlier for earlier, later in pairwise(clock))
+        """Write down the step. `clock` holds its start and the ends of schedule, propose, pack, run and commit."""
+        schedule_time, propose_time, pack_time, run_time, commit_time = (b - a for a, b in pairwise(clock))
         cache = self.runner.cache
         return StepRecord(
             step=next(self._steps),
             start=clock[0],
             schedule_time=schedule_time,
+            propose_time=propose_time,
             pack_time=pack_time,
             run_time=run_time,
             commit_time=commit_time,

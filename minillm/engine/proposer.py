@@ -1,7 +1,7 @@
 """What the engine knows about whoever guesses the next tokens: the protocol, and what a guess is.
 
 The engine never imports a proposer. It asks for drafts, checks them in one step together with everything else, and
-keeps those that the model agrees with (`minillm.engine.verify`). Who guesses badly costs time, never a wrong token.
+accepts those that the model agrees with (`minillm.engine.verify`). Who guesses badly costs time, never a wrong token.
 """
 
 from __future__ import annotations

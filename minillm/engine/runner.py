@@ -13,17 +13,18 @@ from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
 from minillm.engine.graphs import DecodeGraphs
 from minillm.engine.sequence import Sequence
+from minillm.engine.verify import verify
 from minillm.model.decoder import Decoder
 from minillm.outputs import Logprob
-from minillm.sampling import penalize_repetition, probs_from_logits, sample
+from minillm.sampling import penalize_repetition, probs_from_logits
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One token for each of a batch's samplers, and the candidates that its parameters asked to see."""
+    """The new tokens of each of a batch's samplers, and for each token the candidates that its parameters ask for."""
 
-    tokens: list[int]
-    logprobs: list[dict[int, Logprob] | None]
+    tokens: list[list[int]]
+    logprobs: list[list[dict[int, Logprob]] | None]
 
 
 class ModelRunner:
@@ -44,31 +45,25 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Drawn:
-        """Compute the batch's tokens and sample where a sequence reaches its end.
+        """Compute the batch's tokens, sample where a sequence reaches its end, and verify what was guessed behind it.
 
         Tokens come to the host in one transfer: it is the only point of the step that waits for the device.
         """
-        self.cache.copy(batch.copies)
-        logits = self._logits(batch)
-        if logits is None or not batch.samplers:
+        logits = self.logits(batch)
+        if logits is None:
             return Drawn([], [])
-        tokens = self._sample(logits, batch.samplers)
-        return Drawn(tokens.tolist(), _logprobs(logits, tokens, batch.samplers))
+        generators = [self._generator(sequence) for sequence in batch.samplers]
+        tokens = verify(distributions(logits, batch), batch.drafts, generators)
+        return Drawn(tokens, _logprobs(logits, tokens, batch))
 
-    def _logits(self, batch: Batch) -> Tensor | None:
-        """Scores [num_samplers, vocab_size] for everybody who samples; None if nobody does."""
+    def logits(self, batch: Batch) -> Tensor | None:
+        """Compute the batch's tokens; scores [len(logit_indices), vocab_size], or None if nobody samples."""
+        self.cache.copy(batch.copies)
         replayed = self.graphs.logits(batch) if self.graphs else None
-        if replayed is not None:
-            return replayed
-        hidden = self.model(batch.tokens, batch.positions, self.cache.attend(batch.layout))
-        return self.model.logits(hidden[batch.logit_indices]) if batch.samplers else None
-
-    def _sample(self, logits: Tensor, samplers: list[Sequence]) -> Tensor:
-        """Draw one token per row of logits [rows, vocab_size], each from its own distribution and random stream."""
-        params = [sequence.params for sequence in samplers]
-        if any(p.repetition_penalty != 1 for p in params):
-            logits = torch.stack([_penalized(row, sequence) for row, sequence in zip(logits, samplers, strict=True)])
-        return sample(probs_from_logits(logits, params), [self._generator(sequence) for sequence in samplers])
+        if replayed is None:
+            hidden = self.model(batch.tokens, batch.positions, self.cache.attend(batch.layout))
+            replayed = self.model.logits(hidden[batch.logit_indices]) if batch.samplers else None
+        return replayed if batch.samplers else None
 
     def _generator(self, sequence: Sequence) -> Generator | None:
         """The sequence's random stream, made at its first token: ten thousand waiting ones need none yet."""
@@ -79,18 +74,29 @@ class ModelRunner:
         return sequence.generator
 
 
-def _penalized(logits: Tensor, sequence: Sequence) -> Tensor:
-    seen = torch.tensor(sequence.tokens, device=logits.device)
+def distributions(logits: Tensor, batch: Batch) -> Tensor:
+    """What each row of logits [rows, vocab_size] is drawn from under its sequence's parameters; float32, as logits."""
+    params = [sequence.params for sequence, _ in batch.rows()]
+    if any(p.repetition_penalty != 1 for p in params):
+        logits = torch.stack([_penalized(row, *whose) for row, whose in zip(logits, batch.rows(), strict=True)])
+    return probs_from_logits(logits, params)
+
+
+def _penalized(logits: Tensor, sequence: Sequence, drafts: list[int]) -> Tensor:
+    seen = torch.tensor(sequence.tokens + drafts, device=logits.device)
     return penalize_repetition(logits, seen, sequence.params.repetition_penalty)
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, samplers: list[Sequence]) -> list[dict[int, Logprob] | None]:
-    """For each row that asks for them: the most likely tokens and the drawn one, under the model's raw logits."""
-    wanted = [sequence.params.logprobs for sequence in samplers]
+def _logprobs(logits: Tensor, tokens: list[list[int]], batch: Batch) -> list[list[dict[int, Logprob]] | None]:
+    """For each sampler that asks for them: at each new token the most likely ones and itself, under the raw logits."""
+    wanted = [sequence.params.logprobs for sequence in batch.samplers]
     if all(count is None for count in wanted):
         return [None] * len(wanted)
-    scores = logits.log_softmax(dim=-1)
-    return [None if k is None else _top(row, int(t), k) for row, t, k in zip(scores, tokens, wanted, strict=True)]
+    by_sampler = logits.log_softmax(dim=-1).split([1 + len(draft) for draft in batch.drafts])
+    return [
+        None if count is None else [_top(row, token, count) for row, token in zip(rows, said, strict=False)]
+        for rows, said, count in zip(by_sampler, tokens, wanted, strict=True)
+    ]
 
 
 def _top(scores: Tensor, token: int, count: int) -> dict[int, Logprob]:

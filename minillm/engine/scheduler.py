@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from minillm.cache.blocks import BlockPool, ensure
 from minillm.config import EngineConfig
+from minillm.engine.proposer import Draft
 from minillm.engine.sequence import Sequence
 from minillm.outputs import FinishReason
 
@@ -33,13 +34,25 @@ class Scheduled:
     """One sequence's part in a step: its next `num_tokens` tokens, and who samples from the last of them.
 
     `samplers` is empty if the sequence stays behind (its last token is not computed in this step, so there is nothing
-    to sample from), else the sequence itself and, when its prompt just got complete, the completions it spawns.
+    to sample from), else the sequence itself and, when its prompt just got complete, the completions it spawns. Behind
+    the last token there may be a draft, to be verified in the same step.
     """
 
     sequence: Sequence
     num_tokens: int
     copies: list[tuple[int, int]]
     samplers: list[Sequence]
+    draft: Draft = field(default_factory=Draft)
+
+    @property
+    def q_len(self) -> int:
+        """Tokens that the step computes: the sequence's own and those guessed."""
+        return self.num_tokens + len(self.draft)
+
+    @property
+    def kv_len(self) -> int:
+        """Keys that the last of them sees."""
+        return self.sequence.num_computed + self.q_len
 
 
 @dataclass
@@ -66,6 +79,12 @@ class StepPlan:
         samplers = [sequence, *sequence.spawn()] if num_tokens == sequence.num_remaining else []
         self.scheduled[sequence] = Scheduled(sequence, num_tokens, copies, samplers)
         self.budget -= num_tokens
+
+    def add_draft(self, sequence: Sequence, draft: Draft, copies: list[tuple[int, int]]) -> None:
+        """Spend budget on guesses behind the tokens of a sequence that is in the plan."""
+        part = self.scheduled[sequence]
+        self.scheduled[sequence] = replace(part, draft=draft, copies=part.copies + copies)
+        self.budget -= len(draft)
 
 
 class Scheduler:
@@ -163,28 +182,44 @@ class Scheduler:
         plan.add(sequence, min(sequence.num_remaining, plan.budget), copies)
         return True
 
-    def commit(self, plan: StepPlan, tokens: list[int]) -> list[tuple[Sequence, int]]:
-        """Account for a step that was run; `tokens[i]` is what `plan.samplers[i]` drew.
+    def commit(self, plan: StepPlan, tokens: list[list[int]]) -> list[tuple[Sequence, list[int]]]:
+        """Account for a step that was run; `tokens[i]` is what `plan.samplers[i]` drew: accepted drafts and one more.
 
-        Returns who really got a token: a sequence that was finished from outside while its step ran gets none. The
-        blocks of finished sequences are freed here, when no step uses them any more.
+        Returns who really got which tokens: a sequence that was finished from outside while its step ran gets none,
+        and nobody gets more than fit behind its stop token or its max_tokens. The blocks of finished sequences are
+        freed here, when no step uses them any more.
         """
         self._in_flight = None
         for part in plan.scheduled.values():
             self._commit(part)
         drawn = [pair for pair in zip(plan.samplers, tokens, strict=True) if not pair[0].finished]
-        for sequence, token in drawn:
-            sequence.append(token, self.eos_token_ids)
+        taken = [(sequence, self._take(sequence, plan.scheduled.get(sequence), said)) for sequence, said in drawn]
         for sequence in [sequence for sequence in self.running if sequence.finished]:
             self._retire(sequence)
-        return drawn
+        return taken
 
-    def _commit(self, part: Scheduled) -> None:
-        """Count the tokens as computed, make full blocks known, and let spawned completions share the blocks."""
-        sequence = part.sequence
-        sequence.num_computed += part.num_tokens
+    def _take(self, sequence: Sequence, part: Scheduled | None, said: list[int]) -> list[int]:
+        """Hand over what a sequence drew. All but the last are drafts that were computed in this step already.
+
+        What was computed for rejected drafts needs no cleaning up: it lies behind `num_computed`, in blocks without a
+        name, and is overwritten.
+        """
+        taken = sequence.extend(said, self.eos_token_ids)
+        self._computed(sequence, len(taken) - 1)
+        if part and part.draft and self.config.adaptive_drafts:
+            sequence.adapt_drafts(len(part.draft), len(said) - 1)
+        return taken
+
+    def _computed(self, sequence: Sequence, num_tokens: int) -> None:
+        """Count tokens as computed, and make the blocks that are full now known."""
+        sequence.num_computed += num_tokens
         sequence.num_written = max(sequence.num_written, sequence.num_computed)
         self.pool.commit(sequence.table, sequence.tokens, sequence.num_computed)
+
+    def _commit(self, part: Scheduled) -> None:
+        """Count a sequence's own tokens as computed, and let spawned completions share its blocks."""
+        sequence = part.sequence
+        self._computed(sequence, part.num_tokens)
         for fork in part.samplers[1:]:
             fork.table = self.pool.fork(sequence.table)
             fork.num_computed = fork.num_written = sequence.num_computed
@@ -243,13 +278,14 @@ class Scheduler:
 
     def _check_plan(self, plan: StepPlan) -> None:
         """The plan keeps to its budget and writes only blocks that one table owns and the cache does not know."""
-        num_tokens = sum(part.num_tokens for part in plan.scheduled.values())
+        num_tokens = sum(part.q_len for part in plan.scheduled.values())
         ensure(num_tokens + plan.budget == self.config.max_num_batched_tokens, "the budget adds up")
         ensure(plan.budget >= 0 and bool(plan.scheduled or not self.num_unfinished), "somebody gets on")
         ensure(not any(sequence in plan.scheduled for sequence in plan.preempted), "the preempted are not scheduled")
         for sequence, part in plan.scheduled.items():
             end = sequence.num_computed + part.num_tokens
             ensure(part.num_tokens > 0 and end <= sequence.num_tokens, f"{sequence.order} computes tokens that it has")
-            first, last = sequence.num_computed // self.pool.block_size, self.pool.blocks_for(end)
+            ensure(not part.draft or part.samplers == [sequence], f"{sequence.order} alone goes on from its draft")
+            first, last = sequence.num_computed // self.pool.block_size, self.pool.blocks_for(part.kv_len)
             for block in (self.pool.blocks[index] for index in sequence.table.blocks[first:last]):
                 ensure(block.ref_count == 1 and block.prefix is None, f"{block.id} is written by one owner, unnamed")

@@ -36,6 +36,8 @@ class Sequence:
     num_cached: int = 0  # prompt tokens that the prefix cache saved when the sequence first ran
     num_written: int = 0  # tokens whose KV was ever computed: computing one of them again is the price of preemption
     num_preemptions: int = 0
+    max_drafts: int = 0  # tokens that may be guessed for it in one step; 0: it never speculates
+    num_drafts: int = 0  # tokens to guess next: adapted to how many were right
     table: BlockTable = field(default_factory=BlockTable)
     generator: Generator | None = None  # made when first needed, kept through preemptions
     first_scheduled_time: float | None = None
@@ -59,7 +61,7 @@ class Sequence:
     def num_remaining(self) -> int:
         """Tokens still to be computed: 1 for a sequence that is level, more for one that is behind.
 
-        Draft tokens of a proposer will count here too: verifying k of them is a query of 1 + k tokens.
+        Drafts do not count: they are guesses of one step, and belong to its plan.
         """
         return len(self.tokens) - self.num_computed
 
@@ -72,14 +74,26 @@ class Sequence:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def append(self, token: int, eos_token_ids: tuple[int, ...]) -> None:
-        """Take over a sampled token and see whether it is the last one."""
+    def extend(self, tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
+        """Take over the tokens of a step up to the one that ends the sequence, if any does; returns those taken."""
+        for count, token in enumerate(tokens, 1):
+            self._append(token, eos_token_ids)
+            if self.finished:
+                return tokens[:count]
+        return tokens
+
+    def _append(self, token: int, eos_token_ids: tuple[int, ...]) -> None:
         self.tokens.append(token)
         if self.params.ends_with(token, eos_token_ids):
             self.finish_reason = "stop"
             self.stop_reason = token if token in (self.params.stop_token_ids or ()) else None
         elif self.num_generated >= self.params.max_tokens:
             self.finish_reason = "length"
+
+    def adapt_drafts(self, num_proposed: int, num_accepted: int) -> None:
+        """Guess as far as the last guess was right, and one token further; twice as far if all of it was right."""
+        wanted = 2 * num_proposed if num_accepted == num_proposed else num_accepted + 1
+        self.num_drafts = min(wanted, self.max_drafts)
 
     def spawn(self) -> list[Sequence]:
         """The other completions of the request, as they begin: same tokens, no blocks yet."""

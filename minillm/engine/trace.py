@@ -22,7 +22,9 @@ class SequenceStep:
     num_computed: int  # tokens in the cache before
     num_scheduled: int  # tokens computed now: the query length
     num_recomputed: int  # of these, how many had been computed before a preemption threw them away
-    num_samples: int  # tokens drawn from its last row: 0 while it stays behind
+    num_samples: int  # completions that draw a token: 0 while it stays behind
+    num_drafts: int  # tokens that were guessed behind its last one and verified: part of num_scheduled
+    num_accepted: int  # of these, how many the model agreed with; it then adds one of its own
     blocks: tuple[int, ...]
 
     @property
@@ -35,10 +37,12 @@ class SequenceStep:
         """A name for display, derived from what happened; the engine never asks."""
         if self.num_recomputed:
             return "recompute"
-        return "prefill" if self.num_computed < self.num_prompt else "decode"
+        if self.num_computed < self.num_prompt:
+            return "prefill"
+        return "verify" if self.num_drafts else "decode"
 
     @classmethod
-    def of(cls, part: Scheduled) -> SequenceStep:
+    def of(cls, part: Scheduled, num_accepted: int = 0) -> SequenceStep:
         sequence = part.sequence
         again = min(sequence.num_written, sequence.num_computed + part.num_tokens) - sequence.num_computed
         return cls(
@@ -46,9 +50,11 @@ class SequenceStep:
             index=sequence.index,
             num_prompt=sequence.num_prompt,
             num_computed=sequence.num_computed,
-            num_scheduled=part.num_tokens,
+            num_scheduled=part.q_len,
             num_recomputed=max(0, again),
             num_samples=len(part.samplers),
+            num_drafts=len(part.draft),
+            num_accepted=num_accepted,
             blocks=tuple(sequence.table.blocks),
         )
 
@@ -60,6 +66,7 @@ class StepRecord:
     step: int
     start: float
     schedule_time: float
+    propose_time: float  # guessing; 0 without a proposer
     pack_time: float
     run_time: float  # model and sampling, until the tokens are on the host
     commit_time: float
@@ -81,9 +88,9 @@ class StepRecord:
 
     @property
     def overhead(self) -> float:
-        """Share of the step that was not the model: scheduling, packing and committing."""
+        """Share of the step that was no model, neither the target nor a draft: scheduling, packing and committing."""
         busy = self.schedule_time + self.pack_time + self.commit_time
-        return busy / (busy + self.run_time)
+        return busy / (busy + self.propose_time + self.run_time)
 
 
 class Trace(deque[StepRecord]):
@@ -108,7 +115,9 @@ class Trace(deque[StepRecord]):
 def _slices(record: StepRecord) -> Iterator[dict[str, Any]]:
     """What was going on for how long, microseconds: the engine's phases, and during `run` the sequences."""
     start = record.start * 1e6
-    for phase in ("schedule", "pack", "run", "commit"):
+    for phase in ("schedule", "propose", "pack", "run", "commit"):
+        if phase == "propose" and record.propose_time == 0:
+            continue
         span = {"ph": "X", "pid": 0, "ts": start, "dur": getattr(record, f"{phase}_time") * 1e6}
         yield span | {"tid": "engine", "name": phase, "args": {"step": record.step, "tokens": record.num_tokens}}
         start += span["dur"]

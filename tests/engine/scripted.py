@@ -14,7 +14,9 @@ import torch
 from minillm.config import EngineConfig, ModelConfig
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine
+from minillm.engine.proposer import Proposer
 from minillm.engine.runner import Drawn
+from minillm.engine.verify import num_accepted
 from minillm.sampling import SamplingParams
 from tests.engine.workloads import EOS, VOCAB, Completions, Workload
 
@@ -39,9 +41,13 @@ class ScriptedRunner:
                 before = self._read(table, positions[row])
                 self.slots[slots[row]] = hash((before[-1:], tokens[row], positions[row]))
                 seen.append((*before, self.slots[slots[row]]))
-        rows = zip(batch.logit_indices.tolist(), batch.samplers, strict=True)
-        drawn = [next_token(seen[row], sequence.index) for row, sequence in rows]
-        return Drawn(drawn, [None] * len(drawn))
+        rows = zip(batch.logit_indices.tolist(), batch.rows(), strict=True)
+        drawn = [next_token(seen[row], sequence.index) for row, (sequence, _) in rows]
+        tokens = list[list[int]]()
+        for draft in batch.drafts:
+            said, drawn = drawn[: 1 + len(draft)], drawn[1 + len(draft) :]
+            tokens.append(said[: 1 + num_accepted(draft.tokens, said)])
+        return Drawn(tokens, [None] * len(tokens))
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         size = self.block_size
@@ -87,8 +93,9 @@ class _Shape:
     dtype = torch.float32
 
 
-def scripted_engine(config: EngineConfig | None = None, **changes: Any) -> Engine:
+def scripted_engine(config: EngineConfig | None = None, proposer: Proposer | None = None, **changes: Any) -> Engine:
     """An engine whose model is scripted; `changes` are fields of `EngineConfig`."""
-    engine = Engine(_Shape(), config or EngineConfig(**({"debug": True} | changes)))  # type: ignore[arg-type]
+    config = config or EngineConfig(**({"debug": True} | changes))
+    engine = Engine(_Shape(), config, proposer)  # type: ignore[arg-type]
     engine.runner = ScriptedRunner(engine)  # type: ignore[assignment]
     return engine

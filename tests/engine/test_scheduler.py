@@ -352,7 +352,7 @@ def test_trap_21_blocks_of_a_step_in_flight_are_freed_when_it_comes_back() -> No
     engine.abort("0")
     assert engine.pool.num_free == free, "the step that runs still writes there"
     engine.scheduler.check()
-    assert engine.scheduler.commit(plan, [7]) == [], "an aborted sequence gets no token"
+    assert engine.scheduler.commit(plan, [[7]]) == [], "an aborted sequence gets no token"
     assert engine.pool.num_free == engine.pool.num_usable
     engine.scheduler.check()
 

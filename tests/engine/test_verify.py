@@ -27,14 +27,14 @@ SAMPLES = 20_000
 
 def _recover_from_p(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
     """Trap 41, too: compare a draw with the guess, and draw once more if they differ."""
-    keep = (target / proposal).clamp(max=1).gather(-1, drafts[:, None])
-    return ((1 - keep) * target).scatter_add(-1, drafts[:, None], keep)
+    accept = (target / proposal).clamp(max=1).gather(-1, drafts[:, None])
+    return ((1 - accept) * target).scatter_add(-1, drafts[:, None], accept)
 
 
 def _ratio_inverted(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
-    keep = (proposal / target).clamp(max=1).gather(-1, drafts[:, None])
+    accept = (proposal / target).clamp(max=1).gather(-1, drafts[:, None])
     residual = (target - proposal).clamp(min=0)
-    return ((1 - keep) * residual / residual.sum(-1, keepdim=True)).scatter_add(-1, drafts[:, None], keep)
+    return ((1 - accept) * residual / residual.sum(-1, keepdim=True)).scatter_add(-1, drafts[:, None], accept)
 
 
 def _ratio_of_untempered_q(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ def _ratio_of_untempered_q(target: Tensor, proposal: Tensor, drafts: Tensor) -> 
 
 
 def _residual_not_renormalised(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
-    keep = (target / proposal).clamp(max=1).gather(-1, drafts[:, None])
-    return ((1 - keep) * (target - proposal).clamp(min=0)).scatter_add(-1, drafts[:, None], keep)
+    accept = (target / proposal).clamp(max=1).gather(-1, drafts[:, None])
+    return ((1 - accept) * (target - proposal).clamp(min=0)).scatter_add(-1, drafts[:, None], accept)
 
 
 MUTANTS: dict[str, GivenDraft] = {
@@ -93,7 +93,7 @@ def test_enumeration_of_paths_rejects(name: str) -> None:
 
 
 def test_a_guess_that_was_not_drawn_leaves_the_distribution_as_it_is() -> None:
-    """Trap 42: with q all on x, keep with probability p(x), else p without x renormalised: together that is p."""
+    """Trap 42: with q all on x, accept with probability p(x), else p without x renormalised: together that is p."""
     target = random_probs(8, 16, seed=0)
     guesses = torch.arange(8)
     certain = torch.nn.functional.one_hot(guesses, 16).double()
@@ -101,7 +101,7 @@ def test_a_guess_that_was_not_drawn_leaves_the_distribution_as_it_is() -> None:
     assert (_recover_from_p(target, certain, guesses) - target).abs().max() > 0.1
 
 
-def test_equal_distributions_keep_everything() -> None:
+def test_equal_distributions_accept_everything() -> None:
     """Trap 40: the residual is empty, and nothing is divided by it."""
     probs = random_probs(16, seed=3).expand(16, -1)
     torch.testing.assert_close(given_draft(probs, probs, torch.arange(16)), torch.eye(16, dtype=torch.float64))
@@ -110,7 +110,7 @@ def test_equal_distributions_keep_everything() -> None:
 # --- sampling --------------------------------------------------------------------------------------------------------
 
 
-def test_kept_recovered_and_bonus_tokens_of_a_ragged_batch() -> None:
+def test_accepted_recovered_and_bonus_tokens_of_a_ragged_batch() -> None:
     """Greedy: every row's distribution is one token."""
     rows = torch.eye(6)[[1, 2, 3, 4, 0, 5, 0, 0, 0]]
     drafts = [Draft([1, 2, 3]), Draft([]), Draft([4, 5]), Draft([])]

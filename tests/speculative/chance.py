@@ -40,7 +40,7 @@ def joint(target: Tensor, tokens: tuple[int, ...], start: int) -> float:
 def speculative_joint(
     given_draft: GivenDraft, target: Tensor, proposal: Tensor, start: int, num_drafts: int
 ) -> dict[tuple[int, ...], float]:
-    """Chance of each run of 1 + num_drafts tokens, summed over all paths of drafting, keeping and recovering.
+    """Chance of each run of 1 + num_drafts tokens, summed over all paths of drafting, accepting and recovering.
 
     What a round leaves open (it stopped at a rejected draft) is drawn from the target itself.
     """
