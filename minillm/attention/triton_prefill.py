@@ -20,7 +20,7 @@ from minillm.attention.triton_tiles import INTERPRETED, NO_WINDOW, Share, attend
 
 CONFIGS = [
     triton.Config({"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)
-    for rows, keys, warps, stages in ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 4, 3))
+    for rows, keys, warps, stages in ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 32, 4, 4))
 ]
 
 

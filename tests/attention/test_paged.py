@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -130,20 +131,24 @@ def test_an_empty_batch() -> None:
     assert out.shape == (0, 2, 8)
 
 
-def check_writing(write: Any, build: Any = PagedLayout.build) -> None:
-    """Written through the slots, the pools equal those laid down by plain indexing; nothing else is touched."""
-    for cases in BATCHES.values():
+def check_writing(write: Any, build: Any = PagedLayout.build, batches: Iterable[str] = BATCHES) -> None:
+    """Written through the slots, the pools equal those laid down by plain indexing; nothing else is touched.
+
+    Memory before the pools is ours as well: a negative slot shows there, or in the head before.
+    """
+    for cases in map(BATCHES.__getitem__, batches):
         batch = pack(cases)
         tensors = [case.tensors(torch.float32) for case in batch.cases]
         k, v = (torch.cat([t[i] for t in tensors], dim=1).transpose(0, 1) for i in (1, 2))
-        pools = torch.full((2, *batch.k_pool.shape), float("nan"))
+        guard, *pools = guarded = torch.full((3, *batch.k_pool.shape), float("nan"))
         lengths = [case.kv_len for case in cases]
         write(k, v, *pools, build(batch.tables, lengths, lengths, block_size=4))
-        assert_same(pools, torch.stack([batch.k_pool, batch.v_pool]))
+        assert_same(guarded, torch.stack([guard, batch.k_pool, batch.v_pool]))
         padding = torch.ones(2, *k.shape[1:])
         write(padding, padding, *pools, build([[]], [2], [0], block_size=4))
-        assert_same(pools[:, :, 1:], torch.stack([batch.k_pool, batch.v_pool])[:, :, 1:])
-        assert (pools[:, :, 0] == 1).sum() == padding.numel() * 2
+        assert guard.isnan().all()
+        assert_same(guarded[:, :, 1:], torch.stack([guard, batch.k_pool, batch.v_pool])[:, :, 1:])
+        assert (guarded[:, :, 0] == 1).sum() == padding.numel() * 2
 
 
 def assert_same(pools: Tensor, wanted: Tensor) -> None:

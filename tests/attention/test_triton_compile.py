@@ -1,0 +1,106 @@
+"""The Triton kernels compile for three generations of GPUs, on a machine that has none.
+
+Registers and shared memory are printed: `pytest -rP tests/attention/test_triton_compile.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+triton = pytest.importorskip("triton")
+
+import triton.backends.nvidia  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from minillm.attention import triton_decode, triton_prefill  # noqa: E402
+from minillm.attention.triton_decode import MAX_SPLITS, decode_kernel, merge_kernel  # noqa: E402
+from minillm.attention.triton_paged import store_kernel  # noqa: E402
+from minillm.attention.triton_prefill import prefill_kernel  # noqa: E402
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may use
+TYPES = {"scale_log2": "fp32", "slots_ptr": "*i64", "parts_ptr": "*fp32", "lses_ptr": "*fp32", "lse_ptr": "*fp32"}
+UNEVEN = ("scale_log2", "window", "table_width", "num_splits")  # the others are multiples of 16, as in a real launch
+SHAPES: dict[str, dict[str, Any]] = {
+    "d 128, group 4": {"GROUP": 4, "HEAD_DIM": 128, "D": 128, "BLOCK_SIZE": 16, "WINDOWED": False},
+    "d 80, group 3, window": {"GROUP": 3, "HEAD_DIM": 80, "D": 128, "BLOCK_SIZE": 16, "WINDOWED": True},
+}
+
+
+def compile_for(arch: int, dtype: str, kernel: Any, constants: dict[str, Any], warps: int = 4, stages: int = 2) -> None:
+    """Compile to machine code and print what a program of it needs."""
+    kernel = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name) or _type(name, dtype) for name in kernel.arg_names
+    }
+    even = [i for i, name in enumerate(kernel.arg_names) if name not in constants and name not in UNEVEN]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in even}),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    assert compiled.asm["cubin"]
+    registers, stack = _registers_and_stack(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    print(
+        f"sm_{arch} {dtype} {kernel.__name__} {constants}, {warps} warps: {registers} registers and {stack} bytes of stack "
+        f"per thread, {shared:,} bytes of shared memory"
+    )
+    assert 0 < registers <= 255 and shared <= SHARED_LIMIT[arch]
+
+
+def _type(name: str, dtype: str) -> str:
+    """Pointers to q, k, v, pools and out hold `dtype`, other pointers int32; what is no pointer is an int32."""
+    if not name.endswith("_ptr"):
+        return "i32"
+    return f"*{dtype}" if re.fullmatch(r"(q|k|v|out|k_pool|v_pool)_ptr", name) else "*i32"
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes per thread that did not fit into them."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_kernels_compile(arch: int, dtype: str) -> None:
+    shape = SHAPES["d 128, group 4"]
+    first = triton_prefill.CONFIGS[0]
+    compile_for(arch, dtype, prefill_kernel, shape | {"LONG": True} | first.kwargs, first.num_warps, first.num_stages)
+    first = triton_decode.CONFIGS[0]
+    compile_for(arch, dtype, decode_kernel, shape | {"ROWS": 16} | first.kwargs, first.num_warps, first.num_stages)
+    compile_for(arch, dtype, merge_kernel, {"HEAD_DIM": 128, "D": 128, "MAX_SPLITS": MAX_SPLITS})
+    compile_for(arch, dtype, store_kernel, {"KV_HEADS": 3, "HEADS": 4, "HEAD_DIM": 128, "D": 128})
+
+
+@pytest.mark.parametrize("config", triton_prefill.CONFIGS[1:], ids=str)
+def test_every_prefill_tile_fits(config: Any) -> None:
+    constants = SHAPES["d 128, group 4"] | {"LONG": True} | config.kwargs
+    compile_for(90, "bf16", prefill_kernel, constants, config.num_warps, config.num_stages)
+
+
+@pytest.mark.parametrize("config", triton_decode.CONFIGS[1:], ids=str)
+def test_every_decode_tile_fits(config: Any) -> None:
+    constants = SHAPES["d 128, group 4"] | {"ROWS": 64} | config.kwargs
+    compile_for(90, "bf16", decode_kernel, constants, config.num_warps, config.num_stages)
+
+
+def test_odd_shapes_compile() -> None:
+    config = triton_decode.CONFIGS[0]
+    constants = SHAPES["d 80, group 3, window"] | {"ROWS": 16} | config.kwargs
+    compile_for(80, "bf16", decode_kernel, constants, config.num_warps, config.num_stages)
