@@ -4,6 +4,26 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+<<<<<<< HEAD
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from minillm.config import POLICIES, EngineConfig
+from minillm.engine.batch import Batch
+from minillm.engine.engine import Engine
+from minillm.engine.proposer import Draft, Proposer
+from minillm.engine.scheduler import Scheduled, Scheduler, StepPlan
+from minillm.engine.sequence import Sequence
+from minillm.engine.trace import StepRecord
+from minillm.generate import generate
+from minillm.model.decoder import Decoder
+from minillm.sampling import SamplingParams
+=======
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -14,6 +34,7 @@ from minillm.engine.engine import Engine
 from minillm.engine.proposer import Draft, Proposer
 from minillm.engine.sequence import Sequence
 from minillm.engine.trace import StepRecord
+>>>>>>> origin/main
 from minillm.speculative.draft import DraftModelProposer
 from minillm.speculative.ngram import NgramProposer
 from tests.engine import scripted, test_fuzz
@@ -21,6 +42,11 @@ from tests.engine.scripted import scripted_engine
 from tests.engine.test_fuzz import tiny_model
 from tests.engine.workloads import VOCAB, Completions, Workload, compare, play, random_workload
 from tests.families import random_model
+<<<<<<< HEAD
+from tests.speculative.guessers import Guesser
+
+NUM_SEEDS = 30
+=======
 
 NUM_SEEDS = 40
 
@@ -42,6 +68,7 @@ class Guesser:
 
     def forget(self, sequence: Sequence) -> None:
         pass
+>>>>>>> origin/main
 
 
 def ngram(workload: Workload, truth: Completions) -> Proposer:
@@ -68,7 +95,12 @@ def smaller_model(workload: Workload, truth: Completions) -> Proposer:
     return DraftModelProposer(draft_model(), workload.config)
 
 
+<<<<<<< HEAD
+@cache
+def draft_model() -> Decoder:
+=======
 def draft_model() -> object:
+>>>>>>> origin/main
     return random_model("qwen2", seed=1, vocab_size=VOCAB, num_hidden_layers=1, eos_token_id=3)
 
 
@@ -100,11 +132,24 @@ def greedy(workload: Workload) -> Workload:
 
 
 def fuzz(
+<<<<<<< HEAD
+    serve: Server,
+    make: Maker,
+    alone_all: Callable[[Workload], Completions],
+    *,
+    only_greedy: bool = False,
+    num_seeds: int = NUM_SEEDS,
+) -> Counter[str]:
+    """Play workloads of all policies against running alone; counts of what happened."""
+    seen: Counter[str] = Counter()
+    for seed in range(num_seeds):
+=======
     serve: Server, make: Maker, alone_all: Callable[[Workload], Completions], *, only_greedy: bool
 ) -> Counter[str]:
     """Play workloads of all policies against running alone; counts of what happened."""
     seen: Counter[str] = Counter()
     for seed in range(NUM_SEEDS):
+>>>>>>> origin/main
         for policy in POLICIES:
             workload = speculating(seed, policy)
             workload = greedy(workload) if only_greedy else workload
@@ -142,7 +187,11 @@ def count(records: Iterable[StepRecord]) -> Counter[str]:
 @pytest.mark.parametrize("make", GUESSERS)
 def test_guesses_change_no_token(make: Maker) -> None:
     """Greedy or sampled: even the random draws are those of running alone."""
+<<<<<<< HEAD
+    seen = fuzz(with_a_model, make, test_fuzz.alone_all)
+=======
     seen = fuzz(with_a_model, make, test_fuzz.alone_all, only_greedy=False)
+>>>>>>> origin/main
     assert seen["drafts"] > 100 and seen["preempted"] > 20
     assert seen["accepted"] > 0 or make is garbage
     assert seen["rejected"] > 0 or make is always_right
@@ -150,7 +199,11 @@ def test_guesses_change_no_token(make: Maker) -> None:
 
 @pytest.mark.parametrize("make", GUESSERS)
 def test_blocks_and_packing_against_a_scripted_model(make: Maker) -> None:
+<<<<<<< HEAD
+    seen = fuzz(with_a_script, make, scripted.alone_all)
+=======
     seen = fuzz(with_a_script, make, scripted.alone_all, only_greedy=False)
+>>>>>>> origin/main
     assert seen["drafts"] > 100 and seen["preempted"] > 20
 
 
@@ -162,3 +215,214 @@ def test_drafts_of_a_model_change_no_greedy_token(make: Maker) -> None:
         assert seen["accepted"] == seen["drafts"], "the target agrees with itself"
     else:
         assert seen["rejected"] > 0
+<<<<<<< HEAD
+
+
+# --- wrong engines ---------------------------------------------------------------------------------------------------
+
+
+def _counts_rejected_drafts(self: Scheduler, sequence: Sequence, part: Scheduled | None, said: list[int]) -> list[int]:
+    taken = _right_take(self, sequence, part, said)
+    if part:
+        sequence.num_computed += len(part.draft) - len(said) + 1
+    return taken
+
+
+def _names_rejected_kv(self: Scheduler, sequence: Sequence, part: Scheduled | None, said: list[int]) -> list[int]:
+    taken = _right_take(self, sequence, part, said)
+    if part and part.draft:
+        self.pool.commit(sequence.table, sequence.tokens, sequence.num_tokens)
+    return taken
+
+
+_right_take = Scheduler._take
+
+
+def _stops_at_the_end_only(self: Sequence, tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
+    self.tokens += tokens[:-1]
+    self._append(tokens[-1], eos_token_ids)
+    return tokens
+
+
+def _packed(wrong: Callable[[Batch], Batch]) -> Any:
+    right = Batch.pack
+    return classmethod(lambda cls, *args: wrong(right(*args)))
+
+
+def _last_row_for_all(batch: Batch) -> Batch:
+    ends = [row for row, draft in zip(_ends(batch), batch.drafts, strict=True) for _ in range(1 + len(draft))]
+    return replace(batch, logit_indices=torch.tensor(ends, dtype=torch.int64))
+
+
+def _ends(batch: Batch) -> list[int]:
+    rows = iter(batch.logit_indices.tolist())
+    return [[next(rows) for _ in range(1 + len(draft))][-1] for draft in batch.drafts]
+
+
+def _free_of_charge(self: StepPlan, sequence: Sequence, draft: Draft, copies: list[tuple[int, int]]) -> None:
+    budget = self.budget
+    _right_add_draft(self, sequence, draft, copies)
+    self.budget = budget
+
+
+_right_add_draft = StepPlan.add_draft
+
+
+MUTANTS: dict[str, tuple[object, str, object]] = {
+    "trap 43: rejected drafts count as computed": (Scheduler, "_take", _counts_rejected_drafts),
+    "trap 44: a block with a rejected draft is named": (Scheduler, "_take", _names_rejected_kv),
+    "trap 45: a stop token inside an accepted run is overlooked": (Sequence, "extend", _stops_at_the_end_only),
+    "all rows of a verify are the last one": (Batch, "pack", _packed(_last_row_for_all)),
+    "whatever is guessed is accepted": (scripted, "num_accepted", lambda drafts, said: len(drafts)),
+    "the budget is no limit": (StepPlan, "add_draft", _free_of_charge),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, wrong = MUTANTS[mutant]
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(AssertionError):
+        fuzz(with_a_script, half_right, scripted.alone_all, num_seeds=150)
+
+
+# --- one thing at a time ---------------------------------------------------------------------------------------------
+
+
+def certain(length: int, prompt: tuple[int, ...] = (5, 6, 7), **changes: Any) -> tuple[Engine, list[int]]:
+    """A scripted engine whose proposer is always right, one request of `length` tokens in it; and what it will say."""
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
+    truth = {("0", 0): scripted.alone(prompt, params, 0)}
+    engine = scripted_engine(proposer=Guesser(truth, right=1.0), **({"num_blocks": 100} | changes))
+    engine.add(prompt, params)
+    return engine, truth["0", 0]
+
+
+def steps(engine: Engine) -> list[int]:
+    """Tokens that each step brings."""
+    brought = []
+    while engine.has_unfinished:
+        brought.append(sum(len(event.token_ids) for event in engine.step()))
+    return brought
+
+
+def test_a_round_brings_all_drafts_and_one_more() -> None:
+    engine, _ = certain(16, num_speculative_tokens=4)
+    assert steps(engine) == [1, 5, 5, 5]
+    assert [part.num_scheduled for record in engine.trace for part in record.sequences] == [3, 5, 5, 5]
+
+
+def test_max_tokens_is_met_exactly() -> None:
+    """No guess is checked that would not be used; so no position is computed that the request did not ask for."""
+    for length in range(1, 12):
+        engine, said = certain(length, num_speculative_tokens=4)
+        assert sum(steps(engine)) == length == len(said)
+        assert max(part.kv_len for record in engine.trace for part in record.sequences) <= 3 + length - 1
+
+
+def test_drafts_leave_budget_to_everybody_else() -> None:
+    engine, _ = certain(30, num_speculative_tokens=4, max_num_batched_tokens=8)
+    engine.step()
+    engine.add([9] * 16, SamplingParams(temperature=0, max_tokens=1))
+    engine.step()
+    engine.step()
+    drafts = [[part.num_drafts for part in record.sequences] for record in engine.trace]
+    assert drafts == [[0], [0, 0], [0, 0]], "a prompt fills the budget: nothing is guessed"
+    assert all(record.num_tokens <= 8 for record in engine.trace)
+    engine.step()
+    assert [(part.num_scheduled, part.num_drafts) for part in engine.trace[-1].sequences] == [(5, 4), (2, 0)]
+
+
+def test_nobody_is_pushed_out_for_a_guess() -> None:
+    """Four blocks: drafts take two and leave one for the next token; then they fill the blocks that are held."""
+    engine, _ = certain(13, block_size=4, num_blocks=5, num_speculative_tokens=7)
+    assert steps(engine) == [1, 8, 1, 3]
+    assert [record.num_free_blocks for record in engine.trace] == [3, 1, 1, 4]
+    assert not any(record.preempted for record in engine.trace)
+
+
+def test_a_stop_token_inside_an_accepted_run_ends_it() -> None:
+    engine, said = certain(16, num_speculative_tokens=7)
+    engine.abort("0")
+    stop = said[3]
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, stop_token_ids=[stop])
+    engine.proposer.truth["1", 0] = said  # type: ignore[union-attr]
+    engine.add((5, 6, 7), params)
+    events = [event for _ in range(2) for event in engine.step()]
+    assert [token for event in events for token in event.token_ids] == said[: said.index(stop) + 1]
+    assert events[-1].finish_reason == "stop" and events[-1].sequence.stop_reason == stop
+    assert not engine.has_unfinished and engine.pool.num_free == engine.pool.num_usable
+
+
+def test_a_request_may_decline() -> None:
+    engine, said = certain(9)
+    engine.proposer.truth["1", 0] = said  # type: ignore[union-attr]
+    engine.add((5, 6, 7), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), num_speculative_tokens=0)
+    steps(engine)
+    parts = [part for record in engine.trace for part in record.sequences]
+    assert sum(part.num_drafts for part in parts if part.request_id == "0") > 0
+    assert sum(part.num_drafts for part in parts if part.request_id == "1") == 0
+
+
+def test_the_number_of_guesses_follows_what_was_accepted() -> None:
+    one = Sequence("0", (0, 0), [1], 1, SamplingParams(), seed=0, arrival_time=0.0, max_drafts=8, num_drafts=8)
+    seen = []
+    for proposed, accepted in [(8, 3), (4, 0), (1, 0), (1, 1), (2, 2), (4, 4), (8, 8), (3, 3)]:
+        one.adapt_drafts(proposed, accepted)
+        seen.append(one.num_drafts)
+    assert seen == [4, 1, 1, 2, 4, 8, 8, 6]
+
+
+def test_the_switch_keeps_the_number_of_guesses() -> None:
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    for adaptive, want in ((False, 4), (True, 1)):
+        truth = {("0", 0): scripted.alone((5, 6), params, 0)}
+        engine = scripted_engine(proposer=Guesser(truth, right=0.0), num_blocks=50, adaptive_drafts=adaptive)
+        engine.add((5, 6), params)
+        steps(engine)
+        parts = [part for record in engine.trace for part in record.sequences]
+        typical = Counter(part.num_drafts for part in parts[1:20]).most_common(1)[0][0]
+        assert typical == want
+
+
+def test_log_probabilities_of_an_accepted_run() -> None:
+    """One entry per token, the same as without speculation."""
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
+    reported = []
+    for proposer in (None, DraftModelProposer(tiny_model(), EngineConfig(num_blocks=20))):
+        engine = Engine(tiny_model(), EngineConfig(num_blocks=20), proposer)
+        engine.add([5, 6, 7], params)
+        events = []
+        while engine.has_unfinished:
+            events += engine.step()
+        assert all(event.logprobs is not None and len(event.logprobs) == len(event.token_ids) for event in events)
+        reported.append([entry for event in events for entry in event.logprobs or []])
+    for plain, speculative in zip(*reported, strict=True):
+        assert {token: x.rank for token, x in plain.items()} == {token: x.rank for token, x in speculative.items()}
+        for token, entry in plain.items():
+            assert abs(entry.logprob - speculative[token].logprob) < 1e-4
+
+
+def test_the_repetition_penalty_counts_drafts_as_said() -> None:
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, repetition_penalty=1.5)
+    want = list(generate(tiny_model(), [5, 6, 7], params))
+    for right in (0.5, 1.0):
+        engine = Engine(tiny_model(), EngineConfig(num_blocks=20), Guesser({("0", 0): want}, right))
+        engine.add([5, 6, 7], params)
+        got = []
+        while engine.has_unfinished:
+            got += [token for event in engine.step() for token in event.token_ids]
+        assert got == want
+
+
+def test_a_proposer_that_fails_harms_nobody() -> None:
+    """The step is taken back, and the next one starts over."""
+    engine, _ = certain(9)
+    engine.step()
+    guess, engine.proposer.propose = engine.proposer.propose, lambda room: 1 // 0  # type: ignore[union-attr]
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    engine.proposer.propose = guess  # type: ignore[union-attr]
+    assert sum(steps(engine)) == 8
+=======
+>>>>>>> origin/main

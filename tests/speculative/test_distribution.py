@@ -1,0 +1,100 @@
+"""Sampling with speculation inside the engine has the target's distribution: chi-square over 20,000 tokens.
+
+With a sliding window of one token a model sees nothing but the current token. So all transitions of all completions
+are independent draws from one table, which a single pass computes. Wrong rules of acceptance are found in
+tests/engine/test_verify.py; here are the ways to break a right rule.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillm.config import EngineConfig
+from minillm.engine.engine import Engine
+from minillm.engine.proposer import Proposer
+from minillm.engine.sequence import Sequence
+from minillm.generate import prefill
+from minillm.model.decoder import Decoder
+from minillm.sampling import SamplingParams, probs_from_logits
+from minillm.speculative.draft import DraftModelProposer
+from minillm.speculative.ngram import NgramProposer
+from tests.families import random_model
+from tests.speculative.chance import chi_square, limit
+
+VOCAB = 5
+PARAMS = SamplingParams(n=64, temperature=0.9, top_p=0.95, max_tokens=41, ignore_eos=True)
+CONFIG = EngineConfig(num_speculative_tokens=3, block_size=4, num_blocks=900, max_num_batched_tokens=256)
+
+
+@cache
+def bigram(seed: int) -> Decoder:
+    """A model of five tokens that sees one of them."""
+    shape = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, sliding_window=1)
+    return random_model("mistral", seed, vocab_size=VOCAB, **shape)
+
+
+@cache
+def table() -> Tensor:
+    """What follows each token; [VOCAB, VOCAB]."""
+    logits = torch.stack([prefill(bigram(0), [token])[0] for token in range(VOCAB)])
+    return probs_from_logits(logits, [PARAMS] * VOCAB)
+
+
+def run(proposer: Proposer | None, requests: int = 8) -> tuple[Tensor, Engine]:
+    """Counts [VOCAB, VOCAB] of all transitions of 64 completions per request, and the engine that made them."""
+    engine = Engine(bigram(0), CONFIG, proposer)
+    finished: dict[tuple[str, int], Sequence] = {}
+    for _ in range(requests):
+        engine.add([1, 2, 3, 4, 0], PARAMS)
+        while engine.has_unfinished:
+            for event in engine.step():
+                finished[event.sequence.request_id, event.sequence.index] = event.sequence
+    runs = torch.tensor([sequence.tokens[4:] for sequence in finished.values()])
+    pairs = runs[:, :-1] * VOCAB + runs[:, 1:]
+    return torch.bincount(pairs.flatten(), minlength=VOCAB**2).view(VOCAB, VOCAB), engine
+
+
+def stray(counts: Tensor) -> float:
+    """Chi-square of all five rows together, over its limit: below 1 is as expected."""
+    total = sum(chi_square(row, expected) for row, expected in zip(counts, table(), strict=True))
+    return total / limit(VOCAB * (VOCAB - 1) + 1)
+
+
+def draft_model() -> DraftModelProposer:
+    return DraftModelProposer(bigram(1), CONFIG)
+
+
+@pytest.mark.parametrize("make", [draft_model, lambda: NgramProposer(min_match=1)], ids=["draft", "ngram"])
+def test_chi_square_of_the_engine(make: type[Proposer]) -> None:
+    """64 side by side, each with its own number of drafts and acceptances."""
+    counts, engine = run(make())
+    parts = [part for record in engine.trace for part in record.sequences if part.num_drafts]
+    accepted = {part.num_accepted for part in parts}
+    assert counts.sum() >= 20_000 and accepted == {0, 1, 2, 3}, "ragged"
+    assert stray(counts) < 1
+
+
+def test_chi_square_rejects_drafts_from_the_stream_that_judges_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def same_stream(self: DraftModelProposer, twin: Sequence) -> torch.Generator:
+        twin.generator = twin.generator or twin.params.generator(twin.index, twin.seed)
+        return twin.generator
+
+    monkeypatch.setattr(DraftModelProposer, "_generator", same_stream)
+    assert stray(run(draft_model(), requests=3)[0]) > 1
+
+
+def test_chi_square_rejects_a_draft_at_another_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant that uses the untempered q: drawn at temperature 0.9 and top_p 0.95, divided by neither."""
+    right = DraftModelProposer._draw
+
+    def untempered(self: DraftModelProposer, batch: object, probs: Tensor, drawn: dict[Sequence, list[Tensor]]) -> None:
+        right(self, batch, probs, drawn)  # type: ignore[arg-type]
+        for rows in drawn.values():
+            rows[-1:] = [row.sqrt() / row.sqrt().sum() for row in rows[-1:]]
+
+    monkeypatch.setattr(DraftModelProposer, "_draw", untempered)
+    assert stray(run(draft_model(), requests=3)[0]) > 1
