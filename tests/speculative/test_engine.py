@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-<<<<<<< HEAD
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
@@ -23,18 +22,6 @@ from minillm.engine.trace import StepRecord
 from minillm.generate import generate
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
-=======
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-
-import pytest
-
-from minillm.config import POLICIES
-from minillm.engine.engine import Engine
-from minillm.engine.proposer import Draft, Proposer
-from minillm.engine.sequence import Sequence
-from minillm.engine.trace import StepRecord
->>>>>>> origin/main
 from minillm.speculative.draft import DraftModelProposer
 from minillm.speculative.ngram import NgramProposer
 from tests.engine import scripted, test_fuzz
@@ -42,33 +29,9 @@ from tests.engine.scripted import scripted_engine
 from tests.engine.test_fuzz import tiny_model
 from tests.engine.workloads import VOCAB, Completions, Workload, compare, play, random_workload
 from tests.families import random_model
-<<<<<<< HEAD
 from tests.speculative.guessers import Guesser
 
 NUM_SEEDS = 30
-=======
-
-NUM_SEEDS = 40
-
-
-class Guesser:
-    """Guesses from a list of what will really be said, some of it spoiled; says nothing for some sequences at times."""
-
-    def __init__(self, truth: Completions, right: float, seed: int = 0, silent: float = 0.0) -> None:
-        self.truth, self.right, self.silent = truth, right, silent
-        self.rng = random.Random(seed)
-
-    def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, Draft]:
-        return {s: Draft(self._guess(s, count)) for s, count in room.items() if self.rng.random() >= self.silent}
-
-    def _guess(self, sequence: Sequence, count: int) -> list[int]:
-        said = self.truth[sequence.request_id, sequence.index][sequence.num_generated :]
-        guess = [*said, *[0] * count][: self.rng.randint(0, count) if self.silent else count]
-        return [token if self.rng.random() < self.right else self.rng.randrange(VOCAB) for token in guess]
-
-    def forget(self, sequence: Sequence) -> None:
-        pass
->>>>>>> origin/main
 
 
 def ngram(workload: Workload, truth: Completions) -> Proposer:
@@ -95,12 +58,8 @@ def smaller_model(workload: Workload, truth: Completions) -> Proposer:
     return DraftModelProposer(draft_model(), workload.config)
 
 
-<<<<<<< HEAD
 @cache
 def draft_model() -> Decoder:
-=======
-def draft_model() -> object:
->>>>>>> origin/main
     return random_model("qwen2", seed=1, vocab_size=VOCAB, num_hidden_layers=1, eos_token_id=3)
 
 
@@ -132,7 +91,6 @@ def greedy(workload: Workload) -> Workload:
 
 
 def fuzz(
-<<<<<<< HEAD
     serve: Server,
     make: Maker,
     alone_all: Callable[[Workload], Completions],
@@ -143,13 +101,6 @@ def fuzz(
     """Play workloads of all policies against running alone; counts of what happened."""
     seen: Counter[str] = Counter()
     for seed in range(num_seeds):
-=======
-    serve: Server, make: Maker, alone_all: Callable[[Workload], Completions], *, only_greedy: bool
-) -> Counter[str]:
-    """Play workloads of all policies against running alone; counts of what happened."""
-    seen: Counter[str] = Counter()
-    for seed in range(NUM_SEEDS):
->>>>>>> origin/main
         for policy in POLICIES:
             workload = speculating(seed, policy)
             workload = greedy(workload) if only_greedy else workload
@@ -187,11 +138,7 @@ def count(records: Iterable[StepRecord]) -> Counter[str]:
 @pytest.mark.parametrize("make", GUESSERS)
 def test_guesses_change_no_token(make: Maker) -> None:
     """Greedy or sampled: even the random draws are those of running alone."""
-<<<<<<< HEAD
     seen = fuzz(with_a_model, make, test_fuzz.alone_all)
-=======
-    seen = fuzz(with_a_model, make, test_fuzz.alone_all, only_greedy=False)
->>>>>>> origin/main
     assert seen["drafts"] > 100 and seen["preempted"] > 20
     assert seen["accepted"] > 0 or make is garbage
     assert seen["rejected"] > 0 or make is always_right
@@ -199,11 +146,7 @@ def test_guesses_change_no_token(make: Maker) -> None:
 
 @pytest.mark.parametrize("make", GUESSERS)
 def test_blocks_and_packing_against_a_scripted_model(make: Maker) -> None:
-<<<<<<< HEAD
     seen = fuzz(with_a_script, make, scripted.alone_all)
-=======
-    seen = fuzz(with_a_script, make, scripted.alone_all, only_greedy=False)
->>>>>>> origin/main
     assert seen["drafts"] > 100 and seen["preempted"] > 20
 
 
@@ -215,7 +158,6 @@ def test_drafts_of_a_model_change_no_greedy_token(make: Maker) -> None:
         assert seen["accepted"] == seen["drafts"], "the target agrees with itself"
     else:
         assert seen["rejected"] > 0
-<<<<<<< HEAD
 
 
 # --- wrong engines ---------------------------------------------------------------------------------------------------
@@ -424,5 +366,3 @@ def test_a_proposer_that_fails_harms_nobody() -> None:
         engine.step()
     engine.proposer.propose = guess  # type: ignore[union-attr]
     assert sum(steps(engine)) == 8
-=======
->>>>>>> origin/main
