@@ -168,7 +168,7 @@ def kv_is_the_cause(bench: Workbench) -> dict[str, Finding]:
 
     return {
         "one": Finding("KV share of bytes, 8B, batch 1, context 1k", *share(1000, 1), "%"),
-        "many": Finding("KV share of bytes, 8B, batch 32, context 8k", *share(8000, 32), "%"),
+        "many": Finding("KV share of bytes, 8B, batch 8, context 32k", *share(32000, 8), "%"),
         "crossover": Finding(
             "batch · context at which they are equal", kv_crossover(model.config, 2), _crossing(bench)
         ),

@@ -54,6 +54,8 @@ class Workbench:
 
     def __init__(self, model: str = "tiny", seed: int = 0) -> None:
         self.name, self.seed = model, seed
+        self._shapes: dict[str, Decoder] = {}
+        self._counted: dict[tuple[int, tuple[tuple[int, int], ...]], Counter] = {}
 
     # Models
 
@@ -71,7 +73,9 @@ class Workbench:
 
     def shape(self, name: str) -> Decoder:
         """A well-known shape without memory, to be counted."""
-        return weightless(named_shape(name))
+        if name not in self._shapes:
+            self._shapes[name] = weightless(named_shape(name))
+        return self._shapes[name]
 
     def prompt(self, length: int, salt: int = 0) -> list[int]:
         """Random tokens; another `salt` gives others."""
@@ -106,12 +110,14 @@ class Workbench:
                 tokens[event.sequence.request_id] += event.token_ids
         return Served([tokens[request] for request in ids], list(engine.trace)[before:])
 
-    def count(self, model: Decoder, step: Step, **options: Any) -> Counter:
-        """Run one step of a model under the counter."""
-        run = StepRunner(model, step, **options)
-        with Counter(model, kv=run.cache) as counted:
-            run()
-        return counted
+    def count(self, model: Decoder, step: Step) -> Counter:
+        """One step of a model under the counter. Several claims look at the same steps: each is run once."""
+        key = id(model), tuple(step)
+        if key not in self._counted:
+            run = StepRunner(model, step)
+            with Counter(model, kv=run.cache) as self._counted[key]:
+                run()
+        return self._counted[key]
 
     # Time
 
