@@ -15,9 +15,11 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
-from minillm.cli.bench import app as bench
+from minillm.cli.bench import latency
 from minillm.cli.console import err
 from minillm.cli.doctor import doctor
+from minillm.cli.scheduling import prefix, stall
+from minillm.cli.serving import serve, throughput
 from minillm.cli.train import train
 from minillm.cli.write import chat, demo, generate
 from minillm.errors import MinillmError
@@ -32,12 +34,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench = typer.Typer(help="Measure against a rival and against the machine, in one run.", no_args_is_help=True)
 app.command()(demo)
 app.command()(generate)
 app.command()(chat)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
 app.command()(train)
+bench.command()(latency)
+bench.command()(serve)
+bench.command()(throughput)
+bench.command()(stall)
+bench.command()(prefix)
 
 
 @app.callback()

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -21,34 +16,23 @@ from minillm.cli.console import (
     Model,
     Seed,
     Threads,
-    check_writable,
     err,
     number,
     out,
     quantity,
     use_threads,
 )
-from minillm.errors import ConfigError
+from minillm.cli.report import Against, JsonFile, check_file, check_rival, lengths, spread, write_report
 
 if TYPE_CHECKING:
-    from minillm.measure.bench import Quartiles, Timing
     from minillm.measure.bench_latency import LatencyRow
     from minillm.measure.hardware import Hardware
     from minillm.model.decoder import Decoder
 
-app = typer.Typer(help="Measure against a rival and against the machine, in one run.", no_args_is_help=True)
-RIVALS = ("transformers",)
 
-
-@app.callback()
-def benches() -> None:
-    """Keeps `latency` a sub-command while it is the only one."""
-
-
-@app.command()
 def latency(
     model: Model = "tiny",
-    against: Annotated[str, typer.Option(help="A rival of the same shape: transformers.", metavar="NAME")] = "",
+    against: Against = "",
     prompts: Annotated[str, typer.Option(help="Prompt lengths for TTFT.", metavar="N,N,…")] = "128,512",
     contexts: Annotated[str, typer.Option(help="Contexts for TPOT.", metavar="N,N,…")] = "128,1024",
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which everybody takes a turn.")] = 10,
@@ -56,37 +40,23 @@ def latency(
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all repeats to a file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Time to first token and time per output token of one sequence, next to what the machine allows."""
     from minillm.measure.hardware import dtype_name
     from minillm.model.loader import load_model
 
     use_threads(threads)
-    lengths = _lengths("--prompts", prompts), _lengths("--contexts", contexts)
-    _check(against, json_file)
+    prompt_lengths, context_lengths = lengths("--prompts", prompts), lengths("--contexts", contexts)
+    check_rival(against)
+    check_file(json_file)
     decoder = load_model(model, device=device, dtype=dtype, seed=seed)
-    rows, hardware = _measure(decoder, against, *lengths, repeats=repeats, seed=seed)
+    rows, hardware = _measure(decoder, against, prompt_lengths, context_lengths, repeats=repeats, seed=seed)
     dtype = dtype_name(decoder.dtype)
     _print(rows, f"{model}, {dtype}, threads: {hardware.machine.threads}, {hardware.machine.name}", repeats)
     if json_file is not None:
         setting = {"model_id": model, "against": against, "repeats": repeats, "seed": seed, "dtype": dtype}
-        _write_json(json_file, setting, hardware, rows)
-
-
-def _lengths(option: str, text: str) -> list[int]:
-    """ "128,1024" as numbers; nothing for an empty text."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r} is no list of numbers. Write them like 128,1024.") from None
-
-
-def _check(against: str, json_file: Path | None) -> None:
-    if against not in ("", *RIVALS):
-        raise ConfigError(f"--against {against!r} is unknown. Rivals: {', '.join(RIVALS)}; leave it out to run alone.")
-    if json_file is not None:
-        check_writable(json_file)
+        write_report(json_file, "latency", setting, hardware, {"rows": [row.to_json() for row in rows]})
 
 
 def _measure(
@@ -141,29 +111,9 @@ def _table(title: str, rows: Sequence[LatencyRow]) -> Table:
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [str(row.tokens), _spread(1e3, row.timings["minillm"])]
+        cells = [str(row.tokens), spread(1e3, row.timings["minillm"])]
         for rival in rivals:
-            cells += [_spread(1e3, row.timings[rival]), _spread(1, row.speedup(rival))]
+            cells += [spread(1e3, row.timings[rival]), spread(1, row.speedup(rival))]
         bound = number(1e3 * row.bound.seconds) + ("" if row.bound.from_memory else "*")
         table.add_row(*cells, bound, f"{number(100 * row.share_of_bound())}%")
     return table
-
-
-def _spread(scale: float, values: Timing | Quartiles) -> str:
-    """Median and quartiles: 26.0 (25.8–26.4)."""
-    low, median, high = (number(scale * value) for value in (values.low, values.median, values.high))
-    return f"{median} ({low}–{high})"
-
-
-def _write_json(path: Path, setting: dict[str, Any], hardware: Hardware, rows: Sequence[LatencyRow]) -> None:
-    """Everything that was measured, with what it was measured on."""
-    report = {
-        "benchmark": "latency",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {name: importlib.metadata.version(name) for name in ("minillm-course", "torch", "transformers")},
-        "weights": "random" if setting["model_id"].startswith("random:") else "checkpoint",
-        **setting,
-        "hardware": asdict(hardware),
-        "rows": [row.to_json() for row in rows],
-    }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minillm.config import ModelConfig
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, pair_ratio
 from minillm.measure.bench_serve import serve
+from minillm.measure.roof import Roof, step_seconds
 from minillm.measure.workloads import Request
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -33,6 +35,11 @@ class PrefixRow:
     def share_of_time(self, cold: PrefixRow) -> Quartiles:
         """TTFT as a share of the TTFT of a prompt that nobody knows, round by round."""
         return pair_ratio(self.timing, cold.timing)
+
+    def bound(self, config: ModelConfig, element_bytes: int, roof: Roof) -> float:
+        """Seconds that the tokens which are left take at least, in one step behind those that were found."""
+        left = [(self.num_prompt - self.num_cached, self.num_prompt)]
+        return step_seconds(config, left, element_bytes, roof)
 
     def to_json(self) -> dict[str, Any]:
         times = {f"{name}_ms": 1e3 * getattr(self.timing, name) for name in ("low", "median", "high")}

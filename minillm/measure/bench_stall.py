@@ -21,6 +21,8 @@ from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, quartiles
+from minillm.measure.roof import Roof, step_seconds
+from minillm.measure.steps import chunk_steps, decode_step
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
 
@@ -111,6 +113,7 @@ class StallBench:
                 f"{prompt}; the model has {model.config.max_position_embeddings} positions. Choose a shorter prompt or "
                 "larger budgets."
             )
+        self.model = model
         self.max_tokens = steps
         self.rows = [StallRow(policy, budget) for policy, budget in choices]
         self.engines = [self._engine(model, row) for row in self.rows]
@@ -129,6 +132,20 @@ class StallBench:
                 trace_steps=0,
             ),
         )
+
+    def bound(self, row: StallRow, roof: Roof) -> tuple[float, float]:
+        """(TTFT, longest gap) in seconds that no program on this roof beats, when `row` schedules.
+
+        `mixed` adds the decodes to each chunk and pays for the longest step; otherwise the gap is the whole prefill.
+        """
+        config, element_bytes = self.model.config, self.model.dtype.itemsize
+        decodes = decode_step(len(self.running[0]) + QUIET_STEPS, len(self.running))
+        mixed = row.policy == "mixed"
+        chunks = chunk_steps(len(self.newcomer), row.budget - len(decodes) if mixed else row.budget)
+        steps = [[*decodes, *chunk] if mixed else chunk for chunk in chunks]
+        seconds = [step_seconds(config, step, element_bytes, roof) for step in steps]
+        after = step_seconds(config, decodes, element_bytes, roof)
+        return sum(seconds), max(seconds) if mixed else sum(seconds) + after
 
     def run(self, repeats: int, progress: Callable[[str], object] = lambda turn: None) -> list[StallRow]:
         """Let the prompt arrive `repeats` times under each choice, in turns, after a first time that does not count."""

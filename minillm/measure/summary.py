@@ -34,8 +34,10 @@ def summarize(
 
     goodput: limits in ms by "ttft", "tpot", "e2el"; `request_goodput` counts the requests per second that keep all of
     them (a single token has TPOT 0 here). detailed: add each request's lengths, times and error, failed ones with
-    zeros, in the order of the requests.
+    zeros, in the order of the requests. Raises `ConfigError` for a percentile outside 0 to 100.
     """
+    if not all(0 <= percentile <= 100 for percentile in percentiles):
+        raise ConfigError(f"percentiles={list(percentiles)}: choose numbers from 0 to 100.")
     done = [served for served in run.served if served.completed]
     total_input = sum(len(served.request.prompt) for served in done)
     total_output = sum(len(served.token_times) for served in done)

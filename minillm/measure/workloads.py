@@ -19,8 +19,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
+from typing import Any
 
 from minillm.errors import ConfigError
 from minillm.sampling import SamplingParams
@@ -63,7 +64,8 @@ class Workload:
     * "shared-prefix": as "random" behind `num_groups` different system prompts of `prefix_len` tokens, in random order.
     * "sharegpt-like": synthetic. Log-normal lengths with the means of ShareGPT, cut at 4 and 1024 tokens.
 
-    `scale` multiplies all lengths after drawing. Raises `ConfigError` for values that make no sense.
+    `scale` multiplies all lengths after drawing. `request_rate` and `burstiness`: see `arrival_times`.
+    Raises `ConfigError` for values that make no sense.
     """
 
     name: str = "random"
@@ -75,6 +77,8 @@ class Workload:
     prefix_len: int = 512
     num_groups: int = 8
     scale: float = 1.0
+    request_rate: float = math.inf
+    burstiness: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,11 +91,27 @@ class Workload:
             raise ConfigError(f"range_ratio={self.range_ratio!r}: choose a number between 0 and 1.")
         if not 0 < self.scale <= 1:
             raise ConfigError(f"scale={self.scale!r}: choose a number above 0, up to 1 for the full lengths.")
+        self.due()  # refuses impossible arrivals
 
     def requests(self, vocab_size: int) -> list[Request]:
         """Draw the requests for a model with this vocabulary."""
         drawn = _DRAW[self.name](self, random.Random(self.seed), vocab_size)
         return drawn if self.scale == 1 else [request.scaled(self.scale) for request in drawn]
+
+    def due(self) -> list[float]:
+        """Seconds after the start at which each of the requests comes."""
+        return arrival_times(
+            self.num_prompts,
+            self.request_rate,
+            burstiness=self.burstiness,
+            convention=self.convention,
+            seed=self.seed,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; an infinite rate is the string "inf", as in vLLM's files."""
+        fields = asdict(self) | {"request_rate": self.request_rate if self.request_rate < math.inf else "inf"}
+        return {"workload": fields.pop("name"), **fields}
 
 
 def _nano_vllm(workload: Workload, rng: random.Random, vocab_size: int) -> list[Request]:
@@ -157,7 +177,9 @@ def arrival_times(
     """
     _choose("convention", convention, CONVENTIONS)
     if not rate > 0 or not 0 < burstiness < math.inf:
-        raise ConfigError(f"rate={rate}, burstiness={burstiness}: both must be positive, and burstiness finite.")
+        raise ConfigError(
+            f"request_rate={rate}, burstiness={burstiness}: both must be positive, and burstiness finite."
+        )
     if rate == math.inf:
         return [0.0] * count
     rng = random.Random(seed)

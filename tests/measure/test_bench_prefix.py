@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -11,6 +12,8 @@ from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Timing
 from minillm.measure.bench_prefix import PrefixRow, bench_prefix
+from minillm.measure.formulas import step_flops
+from minillm.measure.roof import Roof
 from tests.families import random_model
 
 
@@ -31,6 +34,13 @@ def test_what_is_found_is_not_computed() -> None:
     rows = bench_prefix(one, prompt=64, shares=(0.0, 0.5, 1.0), repeats=1)
     computed = [record.num_tokens for record in one.trace][-3:]
     assert computed == [row.num_prompt - row.num_cached for row in rows] == [64, 32, 1]
+
+
+def test_the_bound_is_that_of_what_is_left() -> None:
+    """One step of the 64 - 48 tokens behind 48; the mutant prices a prompt of 16 that sees nothing before it."""
+    config, roof = random_model().config, Roof(1.0, math.inf)
+    bound = PrefixRow(64, 50, 48, Timing((1.0,))).bound(config, 4, roof)
+    assert bound == step_flops(config, [(16, 64)]).total != step_flops(config, [(16, 16)]).total
 
 
 def test_without_the_cache_nothing_is_found() -> None:

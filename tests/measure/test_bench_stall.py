@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from minillm.engine.scheduler import Scheduler
 from minillm.errors import ConfigError
 from minillm.measure.bench_stall import QUIET_STEPS, TAIL_STEPS, Arrival, StallBench, StallRow
+from minillm.measure.formulas import step_flops
+from minillm.measure.roof import Roof
 from minillm.model.decoder import Decoder
 from tests.families import random_model
 
@@ -74,6 +77,21 @@ def test_policies_do_what_they_say(model: Decoder) -> None:
         assert quiet == [QUIET_STEPS] * 3, "everybody decoded together before the arrival"
         after = [sum(at > arrival.ttft for at in times) for times in arrival.others]
         assert min(after) >= TAIL_STEPS
+
+
+def test_bounds_are_those_of_the_steps(model: Decoder) -> None:
+    """`mixed` pays the decodes in each of 6 steps of 16 tokens; `prefill_first` makes them wait for the whole prompt.
+
+    A roof of infinite bandwidth and 1 FLOP/s turns seconds into FLOPs. The mutant forgets the decodes.
+    """
+    bench = StallBench(model, [("mixed", 19), ("prefill_first", 32)], num_running=3, context=8, prompt=96)
+    mixed, first = (bench.bound(row, Roof(1.0, math.inf)) for row in bench.rows)
+    decodes = step_flops(model.config, [(1, 8 + QUIET_STEPS)] * 3).total
+    chunks = [step_flops(model.config, [(16, end)]).total for end in range(16, 97, 16)]
+    assert mixed == (sum(chunks) + 6 * decodes, chunks[-1] + decodes)
+    assert mixed != (sum(chunks), chunks[-1])
+    whole = sum(step_flops(model.config, [(32, end)]).total for end in (32, 64, 96))
+    assert first == (whole, whole + decodes)
 
 
 def test_nothing_stays_behind(model: Decoder) -> None:

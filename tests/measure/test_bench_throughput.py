@@ -12,7 +12,7 @@ import torch
 
 from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
-from minillm.errors import MinillmError
+from minillm.errors import MinillmError, RequestError
 from minillm.measure import bench_throughput as module
 from minillm.measure.bench import Timing
 from minillm.measure.bench_throughput import (
@@ -78,7 +78,7 @@ def test_no_round_is_served_from_the_cache_of_another() -> None:
 def test_transformers_serves_all_tokens_both_ways() -> None:
     """Ragged prompts and outputs, in batches of three: `run` raises if a token is missing."""
     model = random_model("qwen3-tied")
-    servers = transformers_servers(model.config, model.device, model.dtype, batch_size=3, max_tokens=64)
+    servers = transformers_servers(model, batch_size=3, max_tokens=64)
     for server in servers.values():
         server.run(requests(7))
         server.run([Request([5, 6, 7], 3, temperature=0.6)])
@@ -87,7 +87,7 @@ def test_transformers_serves_all_tokens_both_ways() -> None:
 def test_generate_reads_the_right_prompts() -> None:
     """In a padded batch each request continues as alone: the oracle is `generate` on one prompt without padding."""
     model = random_model()
-    server = transformers_servers(model.config, model.device, torch.float32, batch_size=4, max_tokens=64)[GENERATE]
+    server = transformers_servers(model, batch_size=4, max_tokens=64)[GENERATE]
     assert isinstance(server, module.TransformersGenerate)
     outputs: list[list[list[int]]] = []
     generate = server.model.generate
@@ -109,7 +109,7 @@ def test_generate_reads_the_right_prompts() -> None:
 def test_a_missing_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutants: a batch that stops early, and a manager that loses a request."""
     model = random_model()
-    servers = transformers_servers(model.config, model.device, model.dtype, batch_size=4, max_tokens=64)
+    servers = transformers_servers(model, batch_size=4, max_tokens=64)
     early = SimpleNamespace(
         device=model.device, generate=lambda tokens, **_: tokens[:, :1].repeat(1, tokens.shape[1] + 2)
     )
@@ -119,5 +119,5 @@ def test_a_missing_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MinillmError, match="continuous returned 0 tokens of 3"):
         servers[CONTINUOUS].run([Request([1, 2], 3)])
     engine = Engine(model, EngineConfig(num_blocks=4))
-    with pytest.raises(MinillmError, match="minillm returned 0 tokens"):
-        MinillmServer(engine).run([Request([1] * 200, 3)])
+    with pytest.raises(RequestError, match="200 tokens"):
+        MinillmServer(engine).run([Request([1], 2), Request([1] * 200, 3)])
