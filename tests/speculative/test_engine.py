@@ -147,7 +147,7 @@ def test_guesses_change_no_token(make: Maker) -> None:
 @pytest.mark.parametrize("make", GUESSERS)
 def test_blocks_and_packing_against_a_scripted_model(make: Maker) -> None:
     seen = fuzz(with_a_script, make, scripted.alone_all)
-    assert seen["drafts"] > 100 and seen["preempted"] > 20
+    assert seen["drafts"] > 50 and seen["preempted"] > 20
 
 
 @pytest.mark.parametrize("make", MODELS)
