@@ -50,8 +50,20 @@ class Tokenizer:
         return self._chat is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; begins with BOS exactly where the model's own tokenizer does it."""
-        return list(self._backend.encode(text).ids)
+        """Token ids of a text; begins with BOS exactly where the model's own tokenizer does it.
+
+        Raises RequestError for what is no text: another type, or half of a surrogate pair, which UTF-8 cannot write.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError:
+            raise RequestError(
+                f"A prompt must be a string of Unicode characters, not {text!r:.80}. Give text, or token ids where "
+                "the caller takes them."
+            ) from None
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of token ids as the continuation of a text. Bytes that are no UTF-8 become U+FFFD."""
@@ -76,7 +88,7 @@ class Tokenizer:
                 "This model has no chat template: it continues text and was never taught to answer. "
                 "Use generate, or choose an instruction-tuned model such as Qwen/Qwen3-0.6B."
             )
-        return list(self._backend.encode(self._chat(messages), add_special_tokens=False).ids)
+        return self._encode(self._chat(messages), add_special_tokens=False)
 
 
 class Detokenizer:

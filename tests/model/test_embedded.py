@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm.generate import generate
 from minillm.model.batches import windows
 from minillm.model.bpe import END_OF_TEXT_ID
 from minillm.model.corpus import held_out_texts
 from minillm.model.decoder import Decoder
 from minillm.model.loader import EMBEDDED, RandomWeights, assemble, load_model
 from minillm.model.tokenizer import Tokenizer, load_tokenizer
+from minillm.sampling import SamplingParams
 
 NAMES = ("tiny", "tiny-draft")
 PROMPTS = {  # and a name in each that a continuation should use again
@@ -86,16 +88,10 @@ def all_logits(decoder: Decoder, ids: list[int], attend: CausalAttend | None = N
     return decoder.logits(hidden)
 
 
-def complete(decoder: Decoder, prompt: str, count: int = 70) -> str:
+def complete(decoder: Decoder, prompt: str, count: int = 60) -> str:
     """The greedy continuation."""
-    ids = tokenizer().encode(prompt)
-    start = len(ids)
-    while len(ids) < start + count:
-        token = int(all_logits(decoder, ids)[-1].argmax())
-        if token == END_OF_TEXT_ID:
-            break
-        ids.append(token)
-    return tokenizer().decode(ids[start:])
+    params = SamplingParams(temperature=0, max_tokens=count)
+    return tokenizer().decode(generate(decoder, tokenizer().encode(prompt), params))
 
 
 @pytest.mark.parametrize(("name", "limit"), [("tiny", 16_000_000), ("tiny-draft", 2_000_000)])

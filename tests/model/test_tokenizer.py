@@ -176,6 +176,12 @@ def test_special_and_unknown_tokens_have_no_text() -> None:
     assert TOKENIZER.encode(END_OF_TEXT) == [END_OF_TEXT_ID]
 
 
+@pytest.mark.parametrize("wrong", ["half \ud800 pair", None, 3, b"bytes", ["list"]])
+def test_what_is_no_text_is_refused(wrong: object) -> None:
+    with pytest.raises(RequestError, match="must be a string"):
+        TOKENIZER.encode(wrong)
+
+
 def write_model_folder(folder: Path, backend: Backend, **settings: object) -> Path:
     save_tokenizer(backend, folder, max_length=64)
     path = folder / "tokenizer_config.json"
