@@ -26,6 +26,7 @@ from minillm.model.loader import load_model
 from minillm.model.tokenizer import Tokenizer, load_tokenizer
 from minillm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minillm.sampling import SamplingParams
+from minillm.speculative import attach
 from minillm.text import TextStream
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or vLLM's {"prompt_token_ids": [...]}
@@ -43,8 +44,10 @@ class Live:
 class LLM:
     """A model that is ready to write.
 
-    model, device, dtype, seed: as in `load_model`. The other settings are those of `EngineConfig`; seed also serves
-    requests that bring none of their own. Raises what these two raise.
+    model, device, dtype, seed: as in `load_model`. speculative: who guesses tokens ahead, which are then checked
+    several at a time: None (nobody), "ngram" (what followed earlier in the text), "draft" (the embedded draft model) or
+    the name of a smaller model with the same tokenizer. The other settings are those of `EngineConfig`; seed also
+    serves requests that bring none of their own. Raises what these raise.
     """
 
     def __init__(
@@ -60,6 +63,8 @@ class LLM:
         max_num_batched_tokens: int = 512,
         policy: str = "mixed",
         enable_prefix_caching: bool = True,
+        speculative: str | None = None,
+        num_speculative_tokens: int = 4,
         seed: int = 0,
         debug: bool = False,
     ) -> None:
@@ -71,11 +76,14 @@ class LLM:
             policy=policy,
             enable_prefix_caching=enable_prefix_caching,
             attention=attention,
+            num_speculative_tokens=num_speculative_tokens,
             seed=seed,
             debug=debug,
         )
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(load_model(model, device=device, dtype=dtype, seed=seed), config)
+        if speculative is not None:
+            attach(speculative, self.engine, device=device, dtype=dtype, seed=seed)
         self._live: dict[str, Live] = {}
 
     def generate(
