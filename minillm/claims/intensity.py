@@ -46,8 +46,9 @@ def _utilisation(bench: Workbench, name: str) -> tuple[float, float]:
 )
 def prefill_computes(bench: Workbench) -> dict[str, Finding]:
     few, many = (num_tokens(bench.timed_steps[f"prefill, {name}"]) for name in ("few", "many"))
+    per_token = (bench.seconds("prefill, twice as many") - bench.seconds("prefill, many")) / many
     return {
-        "knee": Finding("T* of the MLP on this machine", bench.knee, bench.knee, "tokens"),
+        "knee": Finding("T*: computing takes as long as reading", bench.knee, bench.seconds("decode") / per_token),
         "short": Finding(f"growth of time, 1 to {few} tokens (1: ∝)", *_growth(bench, "decode", "prefill, few")),
         "long": Finding(
             f"growth of time, {many} to {2 * many} tokens", *_growth(bench, "prefill, many", "prefill, twice as many")

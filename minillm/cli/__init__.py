@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from minillm.cli.bench import latency
+from minillm.cli.claims import claims
 from minillm.cli.console import err
 from minillm.cli.doctor import doctor
 from minillm.cli.scheduling import prefix, stall
@@ -41,6 +42,7 @@ app.command()(chat)
 app.command()(doctor)
 app.add_typer(bench, name="bench")
 app.command()(train)
+app.command()(claims)
 bench.command()(latency)
 bench.command()(serve)
 bench.command()(throughput)
