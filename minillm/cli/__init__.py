@@ -21,6 +21,7 @@ from minillm.cli.console import err
 from minillm.cli.doctor import doctor
 from minillm.cli.scheduling import prefix, stall
 from minillm.cli.serving import serve, throughput
+from minillm.cli.speculation import spec
 from minillm.cli.train import train
 from minillm.cli.write import chat, demo, generate
 from minillm.errors import MinillmError
@@ -48,6 +49,7 @@ bench.command()(serve)
 bench.command()(throughput)
 bench.command()(stall)
 bench.command()(prefix)
+bench.command()(spec)
 
 
 @app.callback()
