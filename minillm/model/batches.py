@@ -35,7 +35,7 @@ class TrainingData:
 
 
 def prepare(work: Path, tokenizer_file: Path | None = None, seed: int = 0) -> TrainingData:
-    """The data in the folder `work`; made from the corpus if it is not there yet, which takes a minute.
+    """The data in the folder `work`; made from the corpus if it is not there yet, which takes minutes.
 
     tokenizer_file: the tokenizer.json to encode with; None trains one. Raises ConfigError if there is no such file.
     """

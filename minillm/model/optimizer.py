@@ -1,8 +1,9 @@
 """The optimizer of the training run: Muon for the matrices, AdamW for the rest.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a weight matrix by the
-nearest matrix whose singular values are all one, so that rare directions learn as fast as frequent ones. It needs
-about a third fewer tokens than AdamW for the same loss, which is what counts on a CPU; it costs a tenth of a step.
+nearest matrix whose singular values are all one, so that rare directions learn as fast as frequent ones. Its authors
+report fewer tokens for the same loss, and tokens are what a CPU lacks. The price is a few matrix products per weight
+and step.
 """
 
 from __future__ import annotations
