@@ -93,8 +93,9 @@ def serve(
     result |= engine_summary(run) | {"kv_bytes_per_token": engine.runner.cache.bytes_per_token}
     subject.print_title()
     _print_summary(result, load, wanted)
-    setting = {"backend": "minillm", "max_concurrency": max_concurrency, "goodput": limits, **load.to_json()}
-    subject.write(json_file, "serve", setting | {"engine": asdict(config)}, result)
+    header = {"endpoint_type": "in-process", "backend": "minillm", "label": None, "tokenizer_id": None}
+    setting = {"max_concurrency": max_concurrency, "goodput": limits, "engine": asdict(config), **load.to_json()}
+    subject.write(json_file, "serve", header | setting, result)
 
 
 def _engine_config(

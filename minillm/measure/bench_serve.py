@@ -163,13 +163,15 @@ def serve(
     ended (a closed loop, if all are due at once). A request that the engine refuses is noted as failed. Loads of
     different `salt` share no KV: repeat a load under another salt, or the prefix cache serves it. `progress` is called
     after each step with the number of requests that are finished.
-    Raises `ConfigError` if the two lists differ in length or `max_concurrency` is below 1.
+    Raises `ConfigError` if the two lists differ in length, `max_concurrency` is below 1, or the engine keeps no trace.
     """
     due = [0.0] * len(requests) if due is None else due
     if len(requests) != len(due):
         raise ConfigError(f"{len(requests)} requests, but {len(due)} times. Give a time for each request.")
     if max_concurrency is not None and max_concurrency < 1:
         raise ConfigError(f"max_concurrency={max_concurrency}: at least 1, or None for no limit.")
+    if engine.trace.maxlen == 0:
+        raise ConfigError("trace_steps=0 keeps no record of a step to read. Choose at least 1.")
     client = Client(engine, requests, due, max_concurrency or len(requests), salt)
     while client.queue or client.live:
         client.send_due()

@@ -17,7 +17,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from minillm.config import EngineConfig
+from minillm.config import EngineConfig, ModelConfig
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, quartiles
@@ -26,7 +26,6 @@ from minillm.measure.steps import chunk_steps, decode_step
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
 
-BUDGETS = (16, 32, 48, 64, 128, 256, 512, 2048)  # tokens per step
 QUIET_STEPS, TAIL_STEPS = 16, 8  # steps before the arrival, and after its first token
 
 
@@ -81,7 +80,12 @@ class StallRow:
 
 
 class StallBench:
-    """Engines that differ only in policy and budget, and the same prompts for all of them."""
+    """Engines that differ only in policy and budget, and the same prompts for all of them.
+
+    choices: (policy, token budget per step). num_running sequences of `context` prompt tokens decode when `prompt`
+    tokens arrive. Raises `ConfigError` for a budget that leaves the newcomer nothing, and for lengths that the model
+    has no positions for.
+    """
 
     def __init__(
         self,
@@ -93,36 +97,20 @@ class StallBench:
         prompt: int = 2048,
         seed: int = 0,
     ) -> None:
-        """choices: (policy, token budget per step). num_running sequences of `context` prompt tokens decode when
-        `prompt` tokens arrive. Raises `ConfigError` for a budget that leaves the newcomer nothing, and for lengths
-        that the model has no positions for."""
-        tight = min(budget for _, budget in choices)
-        if tight <= num_running:
-            raise ConfigError(
-                f"A budget of {tight} tokens per step is used up by {num_running} decodes: nothing is left for a "
-                "prompt. Choose larger budgets or fewer running sequences."
-            )
-        rng = random.Random(seed)
-        vocabulary = range(model.config.vocab_size)
+        self.model = model
+        self.max_tokens = _longest_run(model.config, min(budget for _, budget in choices), num_running, context, prompt)
+        rng, vocabulary = random.Random(seed), range(model.config.vocab_size)
         self.running = [rng.choices(vocabulary, k=context) for _ in range(num_running)]
         self.newcomer = rng.choices(vocabulary, k=prompt)
-        steps = -(-(num_running * context + prompt) // (tight - num_running)) + QUIET_STEPS + TAIL_STEPS + 2
-        if max(context + steps, prompt + TAIL_STEPS + 1) > model.config.max_position_embeddings:
-            raise ConfigError(
-                f"With a budget of {tight} the running sequences grow to {context + steps} tokens and the prompt has "
-                f"{prompt}; the model has {model.config.max_position_embeddings} positions. Choose a shorter prompt or "
-                "larger budgets."
-            )
-        self.model = model
-        self.max_tokens = steps
         self.rows = [StallRow(policy, budget) for policy, budget in choices]
-        self.engines = [self._engine(model, row) for row in self.rows]
+        self.engines = [self._engine(row) for row in self.rows]
 
-    def _engine(self, model: Decoder, row: StallRow, block_size: int = 16) -> Engine:
+    def _engine(self, row: StallRow, block_size: int = 16) -> Engine:
+        """An engine with blocks for everybody: a preemption would be another kind of stall."""
         longest = [len(prompt) + self.max_tokens for prompt in self.running] + [len(self.newcomer) + self.max_tokens]
         num_blocks = 2 + sum(-(-length // block_size) for length in longest)
         return Engine(
-            model,
+            self.model,
             EngineConfig(
                 policy=row.policy,
                 max_num_batched_tokens=row.budget,
@@ -155,6 +143,23 @@ class StallBench:
                 arrival = arrive(engine, self.running, self.newcomer, self.max_tokens, salt=number)
                 row.arrivals.extend([arrival] if number else [])
         return self.rows
+
+
+def _longest_run(config: ModelConfig, budget: int, running: int, context: int, prompt: int) -> int:
+    """Tokens that a running sequence may need under the tightest budget, from its start to the end of the tail."""
+    if budget <= running:
+        raise ConfigError(
+            f"A budget of {budget} tokens per step is used up by {running} decodes: nothing is left for a prompt. "
+            "Choose larger budgets or fewer running sequences."
+        )
+    steps = -(-(running * context + prompt) // (budget - running)) + QUIET_STEPS + TAIL_STEPS + 2
+    needed = max(context, prompt) + steps
+    if needed > config.max_position_embeddings:
+        raise ConfigError(
+            f"With a budget of {budget}, {needed} positions may be needed; the model has "
+            f"{config.max_position_embeddings} positions. Choose a shorter prompt or larger budgets."
+        )
+    return steps
 
 
 def arrive(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +43,7 @@ class OneSecondEngine:
         self.added: list[tuple[float, float]] = []  # (clock, arrival_time)
         self.most = 0
         record = dict(schedule_time=0.1, pack_time=0.1, run_time=0.5, commit_time=0.1, sequences=(), num_tokens=1)
-        self.trace = [SimpleNamespace(**record)]
+        self.trace = deque([SimpleNamespace(**record)], maxlen=1)
 
     def add(self, prompt: list[int], params: SamplingParams, *, salt: object, arrival_time: float) -> str:
         if len(prompt) > 9:
@@ -185,6 +186,11 @@ def test_a_real_engine_serves_every_token() -> None:
     hits = [served.num_cached for served in result.served]
     assert sum(hits) >= 8 * 32 - 4 * 32, "all but those that ran beside the first of their group find its prefix"
     assert figures["prefix_hit_rate"] == sum(hits) / sum(len(request.prompt) for request in requests)
+
+
+def test_an_engine_without_a_trace_is_refused() -> None:
+    with pytest.raises(ConfigError, match="trace_steps=0"):
+        serve(Engine(random_model(), EngineConfig(num_blocks=8, trace_steps=0)), [Request([1], 1)])
 
 
 def test_another_salt_is_another_load() -> None:
