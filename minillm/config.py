@@ -93,7 +93,7 @@ class ModelConfig:
             qk_norm=architecture == "Qwen3ForCausalLM",
             sliding_window=_sliding_window(hf, architecture),
             initializer_range=hf.get("initializer_range", 0.02),
-            eos_token_ids=_token_ids(hf.get("eos_token_id")),
+            eos_token_ids=token_ids(hf.get("eos_token_id")),
         )
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
@@ -186,7 +186,8 @@ def _positive(hf: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """One token id, several or none, as Hugging Face's files write them."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)

@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minillm.config import ModelConfig
+from minillm.config import ModelConfig, token_ids
 from minillm.errors import CheckpointError, ConfigError
 from minillm.model.decoder import Decoder, RMSNorm
 from minillm.model.linear import Linear
@@ -177,7 +177,7 @@ def load_model(
         source: Source = RandomWeights(config, kind, torch.Generator(place).manual_seed(seed))
         return assemble(config, source, place, kind, progress=progress)
     folder = checkpoint_folder(name)
-    config = ModelConfig.from_hf(read_config(folder))
+    config = _with_all_end_tokens(ModelConfig.from_hf(read_config(folder)), folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check_nothing_left({s for group in layout(config) for piece in group for s in piece.sources})
     return assemble(config, checkpoint, place, kind, progress=progress)
@@ -239,6 +239,7 @@ def save_checkpoint(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.
         tensors |= {name: part.to("cpu", dtype).contiguous() for name, part in zip(piece.sources, parts, strict=True)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library keeps it to its owner; a checkpoint is there to be read
     text = json.dumps(model.config.to_hf(str(dtype).removeprefix("torch.")), indent=2)
     (folder / "config.json").write_text(text + "\n", encoding="utf8")
 
@@ -274,6 +275,15 @@ def _download(name: str) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """The dictionary in `folder/config.json`."""
     return _read_json(folder / "config.json")
+
+
+def _with_all_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    """Add the end tokens of generation_config.json: chat models end a turn with one that config.json does not name."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return config
+    more = token_ids(_read_json(path).get("eos_token_id"))
+    return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

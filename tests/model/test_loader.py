@@ -78,6 +78,12 @@ def test_norms_stay_float32_and_weights_take_the_dtype(folder: Path) -> None:
     assert model.norm.weight.dtype == model.layers[0].attention.qk_norm.weight.dtype == torch.float32
 
 
+def test_end_tokens_come_from_both_config_files(folder: Path) -> None:
+    edit_config(folder, eos_token_id=7)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [9, 7]}')
+    assert load_model(folder, progress=False).config.eos_token_ids == (7, 9)
+
+
 def test_random_weights_depend_on_the_seed_alone() -> None:
     first, again, other = (random_model("qwen3", seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.embedding.weight, again.embedding.weight)
