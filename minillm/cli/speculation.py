@@ -40,6 +40,7 @@ def spec(
     texts: Annotated[str, typer.Option(help="held-out, repetitive.", metavar="NAME,…")] = "held-out,repetitive",
     drafts: Annotated[str, typer.Option(help="γ: tokens guessed at once.", metavar="N,N,…")] = "2,4,8",
     batches: Annotated[str, typer.Option(help="Sequences side by side.", metavar="N,N,…")] = "1,8",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, each of another file.")] = 8,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens of each sequence.")] = 96,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
@@ -71,12 +72,12 @@ def spec(
             engine = Engine(subject.model, config)
             attach(proposer, engine, device=device, dtype=dtype, seed=seed)
             for text in _names(texts):
-                prompts = bench_prompts(tokenizer, text, max(sizes), prompt)
+                beginnings = bench_prompts(tokenizer, text, max(prompts, *sizes), prompt)
                 for batch in sizes:
                     status.update(f"{proposer} on {text} text, batch {batch} …")
                     rows = bench_spec(
                         engine,
-                        prompts,
+                        beginnings,
                         batch=batch,
                         num_drafts=counts,
                         max_tokens=tokens,
@@ -86,7 +87,14 @@ def spec(
                     cases += [Case(proposer, text, row) for row in rows]
     subject.print_title()
     _print(cases, subject, counts, repeats)
-    setting = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "adaptive": adaptive, "seed": seed}
+    setting = {
+        "prompts": prompts,
+        "prompt": prompt,
+        "tokens": tokens,
+        "temperature": temperature,
+        "adaptive": adaptive,
+        "seed": seed,
+    }
     subject.write(json_file, "spec", setting, {"rows": [case.to_json() for case in cases]})
 
 
@@ -119,7 +127,7 @@ def _crossovers(subject: Subject, counts: Sequence[int]) -> str:
 
 
 def _table(title: str, rows: Sequence[SpecRow]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=0)
     for heading in ("B", "γ", "speed-up", "formula", "served", "len", "α", "1st…last", "s", "c", "v"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
