@@ -32,6 +32,7 @@ def stall(
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
+    detailed: Annotated[bool, typer.Option("--detailed", help="Each token's time, in the file.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it, to a file such as stall.png.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -51,7 +52,7 @@ def stall(
     setting = {"running": running, "context": context, "prompt": prompt, "repeats": repeats, "seed": seed}
     bounds = [bench.bound(row, subject.roof) for row in rows]
     best = [{"bound_ttft_ms": 1e3 * ttft, "bound_itl_ms": 1e3 * gap} for ttft, gap in bounds]
-    results = [row.to_json() | bound for row, bound in zip(rows, best, strict=True)]
+    results = [row.to_json(detailed=detailed) | bound for row, bound in zip(rows, best, strict=True)]
     subject.write(json_file, "stall", setting, {"rows": results})
     if plot is not None:
         stall_figure(rows, prompt, bounds).savefig(plot)

@@ -12,7 +12,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -69,14 +69,12 @@ class StallRow:
         """Quartiles over the arrivals of "ttft", "worst_itl", "quiet_itl" (seconds) or "ratio"."""
         return quartiles([getattr(arrival, name) for arrival in self.arrivals])
 
-    def to_json(self) -> dict[str, Any]:
-        names = {"ttft": 1e3, "worst_itl": 1e3, "quiet_itl": 1e3, "ratio": 1}
-        return {
-            "policy": self.policy,
-            "max_num_batched_tokens": self.budget,
-            **{name + ("_ms" if s > 1 else ""): [s * q for q in self.spread(name)] for name, s in names.items()},
-            "arrivals": [{"ttft": a.ttft, "others": a.others} for a in self.arrivals],
-        }
+    def to_json(self, *, detailed: bool = False) -> dict[str, Any]:
+        """Quartiles [low, median, high] in ms, of "ratio" without unit; `detailed` adds every token of every arrival."""
+        spreads = {f"{name}_ms": [1e3 * q for q in self.spread(name)] for name in ("ttft", "worst_itl", "quiet_itl")}
+        setting = {"policy": self.policy, "max_num_batched_tokens": self.budget}
+        arrivals = {"arrivals": [asdict(arrival) for arrival in self.arrivals]} if detailed else {}
+        return setting | spreads | {"ratio": list(self.spread("ratio"))} | arrivals
 
 
 class StallBench:
