@@ -70,7 +70,7 @@ class StallRow:
         return quartiles([getattr(arrival, name) for arrival in self.arrivals])
 
     def to_json(self, *, detailed: bool = False) -> dict[str, Any]:
-        """Quartiles [low, median, high] in ms, of "ratio" without unit; `detailed` adds every token of every arrival."""
+        """Quartiles [low, median, high] in ms, of "ratio" without unit; `detailed` adds all token times."""
         spreads = {f"{name}_ms": [1e3 * q for q in self.spread(name)] for name in ("ttft", "worst_itl", "quiet_itl")}
         setting = {"policy": self.policy, "max_num_batched_tokens": self.budget}
         arrivals = {"arrivals": [asdict(arrival) for arrival in self.arrivals]} if detailed else {}
