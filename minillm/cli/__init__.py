@@ -19,6 +19,7 @@ from minillm.cli.bench import latency
 from minillm.cli.claims import claims
 from minillm.cli.console import err
 from minillm.cli.doctor import doctor
+from minillm.cli.roofline import roofline
 from minillm.cli.scheduling import prefix, stall
 from minillm.cli.serving import serve, throughput
 from minillm.cli.speculation import spec
@@ -44,6 +45,7 @@ app.command()(doctor)
 app.add_typer(bench, name="bench")
 app.command()(train)
 app.command()(claims)
+app.command()(roofline)
 bench.command()(latency)
 bench.command()(serve)
 bench.command()(throughput)

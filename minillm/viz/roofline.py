@@ -124,10 +124,10 @@ def _draw_roof(axes: Axes, run: RooflineRun) -> None:
     ceiling = f"{_number(roof.flops_per_second)}FLOP/s, {run.dtype}"
     right = log(roof.ridge / low) > 0.6 * log(high / low)  # the ridge is far right: its word goes to the left
     words = (
-        (slope, (roof.ridge / 1.5, roof.flops_per_second / 1.5), (-6, -4), "right"),
+        (slope, (roof.ridge / 1.5, roof.flops_per_second / 1.5), (-8, 0), "right"),
         (ceiling, (high, roof.flops_per_second), (0, 4), "right"),
         (
-            f"ridge: {roof.ridge:.2g} FLOP/byte",
+            f"ridge: {_number(roof.ridge)}FLOP/byte",
             (roof.ridge, top),
             (-4 if right else 4, -10),
             "right" if right else "left",

@@ -1,0 +1,77 @@
+"""`minillm roofline`: prefill and decode of a model under the measured roof of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, number, out, quantity
+from minillm.cli.report import JsonFile, Subject, check_file, lengths
+
+if TYPE_CHECKING:
+    from minillm.measure.roofline import RooflineRun
+
+
+def roofline(
+    model: Model = "tiny",
+    prompts: Annotated[str, typer.Option(help="Prompt lengths.", metavar="N,N,…")] = "16,64,256",
+    batch: Annotated[str, typer.Option(help="Sequences per decode step.", metavar="N,N,…")] = "1,4,16",
+    context: Annotated[str, typer.Option(help="Tokens of each decoding sequence.", metavar="N,N,…")] = "128,1024",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which every step takes a turn.")] = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+    plot: Annotated[Path, typer.Option(help="Where to draw it.")] = Path("roofline.png"),
+    json_file: JsonFile = None,
+) -> None:
+    """Draw prefill, decode and batches under this machine's measured roof, with the bytes that each step moves."""
+    from minillm.measure.roofline import measure_roofline
+    from minillm.viz.roofline import roofline as draw
+
+    check_file(json_file)
+    check_file(plot)
+    lists = {
+        "prompts": lengths("--prompts", prompts),
+        "batches": lengths("--batch", batch),
+        "contexts": lengths("--context", context),
+    }
+    subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
+    with err.status("Measuring …"):
+        run = measure_roofline(subject.model, subject.hardware, name=model, repeats=repeats, **lists)
+    subject.print_title()
+    _print(run)
+    subject.write(json_file, "roofline", {"repeats": repeats, "seed": seed, **lists}, run.to_json())
+    draw(run).savefig(plot)
+    out.print("Figure:", Text(str(plot.resolve())), soft_wrap=True)
+
+
+def _print(run: RooflineRun) -> None:
+    """A row per point: what it takes, how near the roof it is, and what it moves."""
+    roof, where = run.roof, "its cache" if run.in_cache else "memory"
+    out.print(
+        f"roof: {quantity(roof.flops_per_second, 'FLOP/s')}, {quantity(roof.bytes_per_second, 'B/s')} from {where}, "
+        f"ridge {number(roof.ridge)} FLOP/byte"
+    )
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("step", no_wrap=True)
+    for name in ("best", "FLOP/byte", "FLOP/s", "of roof", "weights", "KV", "activations"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for point in run.points:
+        moved = point.counted
+        table.add_row(
+            f"{point.phase} {point.batch} × {point.context}",
+            quantity(point.timing.best, "s"),
+            number(point.intensity),
+            quantity(point.flop_rate, ""),
+            f"{100 * run.share_of_roof(point):.0f} %",
+            quantity(moved.weights, "B"),
+            quantity(moved.kv_read + moved.kv_write, "B"),
+            quantity(moved.activations, "B"),
+        )
+    out.print(table)
