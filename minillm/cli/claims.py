@@ -100,5 +100,5 @@ def _value(finding: Finding, value: float) -> str:
 
 def _print_sum(cards: Sequence[Card]) -> None:
     kinds = Counter(card.kind for card in cards)
-    counts = f"{kinds['holds']} hold, {kinds['holds when']} hold under a condition, {kinds['wrong']} are wrong."
-    out.print(f"[bold]{len(cards)} claims:[/bold] {counts}", width=WIDTH)
+    counts = f"Hold: {kinds['holds']}, under a condition: {kinds['holds when']}, wrong: {kinds['wrong']}."
+    out.print(f"[bold]{len(cards)} claims.[/bold] {counts}", width=WIDTH)

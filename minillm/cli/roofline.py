@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, number
 from minillm.cli.report import JsonFile, Subject, check_file, lengths
 
 if TYPE_CHECKING:
-    from minillm.measure.roofline import RooflineRun
+    from minillm.measure.roofline import Point, RooflineRun
 
 
 def roofline(
@@ -52,26 +53,30 @@ def roofline(
 
 
 def _print(run: RooflineRun) -> None:
-    """A row per point: what it takes, how near the roof it is, and what it moves."""
+    """The roof, how near to it each step is, and what each step moves."""
     roof, where = run.roof, "its cache" if run.in_cache else "memory"
     out.print(
-        f"roof: {quantity(roof.flops_per_second, 'FLOP/s')}, {quantity(roof.bytes_per_second, 'B/s')} from {where}, "
+        f"Roof: {quantity(roof.flops_per_second, 'FLOP/s')}, {quantity(roof.bytes_per_second, 'B/s')} from {where}, "
         f"ridge {number(roof.ridge)} FLOP/byte"
     )
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("step", no_wrap=True)
-    for name in ("best", "FLOP/byte", "FLOP/s", "of roof", "weights", "KV", "activations"):
-        table.add_column(name, justify="right", no_wrap=True)
+    times = _table("Under the roof", ("best time", "FLOP/byte", "FLOP/s", "of the roof"))
+    ledger = _table("Moved by one step", ("weights", "KV cache", "activations", "formula: weights + KV"))
     for point in run.points:
-        moved = point.counted
-        table.add_row(
-            f"{point.phase} {point.batch} × {point.context}",
-            quantity(point.timing.best, "s"),
-            number(point.intensity),
-            quantity(point.flop_rate, ""),
-            f"{100 * run.share_of_roof(point):.0f} %",
-            quantity(moved.weights, "B"),
-            quantity(moved.kv_read + moved.kv_write, "B"),
-            quantity(moved.activations, "B"),
-        )
-    out.print(table)
+        name, moved, share = _name(point), point.counted, f"{100 * run.share_of_roof(point):.0f} %"
+        rate = quantity(point.flop_rate, "FLOP/s")
+        times.add_row(name, quantity(point.timing.best, "s"), number(point.intensity), rate, share)
+        sizes = (moved.weights, moved.kv_read + moved.kv_write, moved.activations, point.predicted.total)
+        ledger.add_row(name, *(quantity(size, "B") for size in sizes))
+    out.print(times, ledger, sep="")
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+    table.add_column("step", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _name(point: Point) -> str:
+    return f"prefill {point.context}" if point.phase == "prefill" else f"decode {point.batch} × {point.context}"
