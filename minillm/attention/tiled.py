@@ -140,7 +140,7 @@ class _OnlineSoftmax:
 
 
 def _visible_tiles(queries: range, offset: int, kv_tile: int, sliding_window: int | None) -> Iterator[range]:
-    """Tiles of keys of which a query sees something: the causal rule ends them, a sliding window lets them start late."""
+    """Tiles of keys of which a query sees something: the causal rule ends them, a window lets them start late."""
     first, last = offset + queries.start, offset + queries[-1]
     oldest = 0 if sliding_window is None else max(0, first - sliding_window + 1)
     for start in range(oldest, last + 1, kv_tile):

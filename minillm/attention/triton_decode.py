@@ -12,6 +12,7 @@ Loses: for long queries, where the rows of the tile would not fit and keys need 
 # mypy: disable-error-code="no-untyped-def,arg-type,var-annotated"
 from __future__ import annotations
 
+from functools import cache
 from math import e, log2
 
 import torch
@@ -145,6 +146,10 @@ def triton_decode(
 
 def choose_splits(programs: int, kv_len: int, device: torch.device) -> int:
     """Parts to split the keys into: enough for four programs per multiprocessor, none shorter than KEYS_PER_SPLIT."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = triton.cdiv(4 * processors, max(programs, 1))
+    wanted = triton.cdiv(4 * _multiprocessors(device), max(programs, 1))
     return max(1, min(wanted, triton.cdiv(kv_len, KEYS_PER_SPLIT), MAX_SPLITS))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

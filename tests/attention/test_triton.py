@@ -1,4 +1,4 @@
-"""Runs the checks of the Triton kernels in a process of their own: the interpreter is chosen before Triton is imported."""
+"""Checks the Triton kernels in a process of their own: the interpreter is chosen before Triton is imported."""
 
 from __future__ import annotations
 

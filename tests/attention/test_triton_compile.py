@@ -17,7 +17,7 @@ import pytest
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 triton = pytest.importorskip("triton")
 
-import triton.backends.nvidia  # noqa: E402
+from triton.backends import nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -51,8 +51,8 @@ def compile_for(arch: int, dtype: str, kernel: Any, constants: dict[str, Any], w
     registers, stack = _registers_and_stack(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     print(
-        f"sm_{arch} {dtype} {kernel.__name__} {constants}, {warps} warps: {registers} registers and {stack} bytes of stack "
-        f"per thread, {shared:,} bytes of shared memory"
+        f"sm_{arch} {dtype} {kernel.__name__} {constants}, {warps} warps: {registers} registers and "
+        f"{stack} bytes of stack per thread, {shared:,} bytes of shared memory"
     )
     assert 0 < registers <= 255 and shared <= SHARED_LIMIT[arch]
 
@@ -66,7 +66,7 @@ def _type(name: str, dtype: str) -> str:
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
     """Registers per thread, and bytes per thread that did not fit into them."""
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    tool = Path(str(nvidia.__file__)).parent / "bin" / "cuobjdump"
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

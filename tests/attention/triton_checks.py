@@ -62,7 +62,15 @@ def check_decode(cases: list[Case], dtype: torch.dtype = torch.float32, num_spli
 
 def check_all() -> None:
     """Both kernels on the cases that find most faults, the likeliest first."""
-    names = ("window", "window, one query", "one key, large score", "scores of 1e4", "fully masked rows", "group 3")
+    names = (
+        "window",
+        "window, one query",
+        "one key, large score",
+        "scores of 1e4",
+        "fully masked rows",
+        "group 3",
+        "window wider than a tile",
+    )
     for case in map(CASES.__getitem__, names):
         check_prefill([case])
         check_decode([replace(case, q_len=min(case.q_len, 8))])
@@ -161,6 +169,17 @@ def test_writing() -> None:
     check_writing(triton_write_kv, batches=SMALL)
 
 
+def test_what_the_benchmark_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from attention_work import Decodes, Prompt
+
+    cpu = torch.device("cpu")
+    prompt = Prompt.random("smollm2-135m", 64, torch.float32, cpu)
+    assert prompt.error(prompt.call("triton")()) < 1e-5
+    decodes = Decodes.random("smollm2-135m", 2, 32, "scattered", torch.float32, cpu, cold_bytes=1)
+    assert decodes.error(decodes.call("triton")()) < 1e-5
+
+
 HUGE = 2**31 // 1024 + 7  # of blocks of 16 x 64 numbers: the last ones begin past 2^31
 
 
@@ -196,8 +215,8 @@ MUTANTS = {
     "l is not rescaled": (triton_tiles, "l = l * rescale +", "l = l +"),
     "m starts at 0": (triton_tiles, 'tl.full([q.shape[0]], float("-inf")', "tl.full([q.shape[0]], 0.0"),
     "base of a hidden row": (triton_tiles, 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new"),
-    "window off by one": (triton_tiles, "key[None, :] > position[:, None] - window", "key[None, :] >= position[:, None] - window"),
-    "causal off by one": (triton_tiles, "key[None, :] <= position[:, None]", "key[None, :] < position[:, None]"),
+    "window off by one": (triton_tiles, "> position[:, None] - window", ">= position[:, None] - window"),
+    "causal off by one": (triton_tiles, "<= position[:, None]", "< position[:, None]"),
     "too many tiles without a mask": (triton_tiles, "tl.minimum(hi, first + 1)", "tl.minimum(hi, last + 1)"),
     "window's edge without a mask": (triton_tiles, "last - window + 1 - lo, 0", "first - window + 1 - lo, 0"),
     "prefill aligned top-left": (triton_prefill, "offset = kv_len - q_len", "offset = kv_len * 0"),
