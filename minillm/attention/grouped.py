@@ -87,9 +87,10 @@ def attend_groups(
 
 
 def _packed(spans: list[Span], max_keys: int) -> Iterator[list[Span]]:
+    """Spans, shortest first, cut where a group would hold too many keys or pad its shortest to more than twice."""
     group: list[Span] = []
     for span in spans:
-        if group and (len(group) + 1) * _width(span) > max_keys:
+        if group and ((len(group) + 1) * _width(span) > max_keys or _width(span) > 2 * _width(group[0])):
             yield group
             group = []
         group.append(span)

@@ -91,14 +91,17 @@ def tokens_as_blocks(kv_len: int) -> PagedLayout:
 
 
 def test_decodes_are_grouped_with_little_padding() -> None:
-    lengths = [1000, 20, 990, 30, 64, 25]
+    lengths = [1000, 200, 990, 150, 64, 250, 1024]
     batch = pack([Case(1, n, d=8) for n in lengths] + [Case(5, 5, d=8)])
-    plan = CpuPlan.make(batch.layout, max_keys=2048)
-    assert [group.queries.tolist() for group in plan.groups] == [[2, 0]]
-    assert sorted(span.index for span in plan.spans) == [1, 3, 4, 5, 6]
-    assert [tuple(group.slots.shape) for group in plan.groups] == [(2, 1024)]
-    together = CpuPlan.make(batch.layout, max_keys=8192)
-    assert [group.queries.tolist() for group in together.groups] == [[1, 5, 3, 4, 2, 0]]
+    for max_keys, wanted in (
+        (8192, {(3, 1, 5): 256, (2, 0, 6): 1024}),  # twice 64 is less than 192: the shortest goes alone
+        (2048, {(3, 1, 5): 256, (2, 0): 1024, (6,): 1024}),
+        (512, {(3, 1): 256, (2,): 1024, (0,): 1024, (6,): 1024}),
+    ):
+        plan = CpuPlan.make(batch.layout, max_keys)
+        assert {tuple(group.queries.tolist()): group.slots.shape[1] for group in plan.groups} == wanted
+        grouped = [i for queries in wanted for i in queries]
+        assert [span.index for span in plan.spans] == [i for i in range(8) if i not in grouped]
 
 
 def test_a_layer_plans_once_per_step() -> None:
