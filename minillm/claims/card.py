@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from minillm.measure.units import number, quantity
+
 if TYPE_CHECKING:
     from minillm.claims.workbench import Workbench
 
+SCALED = ("B", "FLOP")  # units that take a prefix of the SI
 Numbers = Mapping[str, float]
 Case = Callable[[Numbers, Numbers], bool]  # (predicted, measured): is it here as the claim says?
 
@@ -24,6 +27,14 @@ class Finding(NamedTuple):
     predicted: float | None
     measured: float
     unit: str = ""
+
+    def text(self, value: float) -> str:
+        """One of its values with the unit, and no more digits than it deserves; counts in full."""
+        if self.unit in SCALED:
+            return quantity(value, self.unit)
+        return (
+            f"{value:,.0f} {self.unit}".strip() if float(value).is_integer() else f"{number(value)} {self.unit}".strip()
+        )
 
 
 Measure = Callable[["Workbench"], dict[str, Finding]]

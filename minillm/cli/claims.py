@@ -12,16 +12,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from minillm.cli.console import Seed, Threads, err, number, out, quantity, use_threads
+from minillm.cli.console import Seed, Threads, err, out, use_threads
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minillm.claims import Card, Finding
+    from minillm.claims import Card
     from minillm.measure.machine import Machine
 
 SIGNS = {"holds": ("✓", "holds", "green"), "holds when": ("◐", "holds when", "yellow"), "wrong": ("✗", "wrong", "red")}
 WIDTH = 80
-SCALED = ("B", "FLOP")  # units that take a prefix of the SI
 
 
 def claims(
@@ -68,8 +67,8 @@ def _print(card: Card, machine: Machine | None) -> None:
     table.add_column("predicted", justify="right", no_wrap=True)
     table.add_column("measured", justify="right", no_wrap=True)
     for finding in card.findings.values():
-        predicted = "" if finding.predicted is None else _value(finding, finding.predicted)
-        table.add_row(finding.what, predicted, _value(finding, finding.measured))
+        predicted = "" if finding.predicted is None else finding.text(finding.predicted)
+        table.add_row(finding.what, predicted, finding.text(finding.measured))
     out.print(Padding(table, (0, 0, 0, 4)))
     out.print(Padding(_verdict(card), (0, 0, 0, 4)), width=WIDTH)
     if machine:
@@ -88,14 +87,6 @@ def _verdict(card: Card) -> Table:
     if card.kind != "holds":
         grid.add_row("→", card.claim.otherwise)
     return grid
-
-
-def _value(finding: Finding, value: float) -> str:
-    """A number with its unit and no more digits than it deserves; counts in full."""
-    if finding.unit in SCALED:
-        return quantity(value, finding.unit)
-    text = f"{value:,.0f}" if float(value).is_integer() else number(value)
-    return f"{text} {finding.unit}".strip()
 
 
 def _print_sum(cards: Sequence[Card]) -> None:

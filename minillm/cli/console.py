@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from minillm.errors import ConfigError
+from minillm.measure.units import number as number  # here, too, for the commands
+from minillm.measure.units import quantity as quantity
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)  # progress and errors: a pipe gets results only
-
-PREFIXES = ((12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""), (-3, "m"), (-6, "µ"), (-9, "n"))
 
 Model = Annotated[
     str, typer.Option(help="tiny or tiny-draft (embedded), a folder, a hub name, or random:SHAPE.", metavar="NAME")
@@ -26,20 +26,6 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32 or float16.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default what PyTorch takes.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
-
-
-def number(value: float) -> str:
-    """Three significant digits without an exponent: 0.00123, 4.56, 78.9, 12345."""
-    digits = 0
-    while digits < 9 and 0 < abs(value) * 10**digits < 99.95:
-        digits += 1
-    return f"{value:.{digits}f}"
-
-
-def quantity(value: float, unit: str) -> str:
-    """Three significant digits and a prefix of the SI: quantity(44.7e9, "B/s") is "44.7 GB/s"."""
-    exponent, prefix = next(((e, p) for e, p in PREFIXES if abs(value) >= 10**e), (0, ""))
-    return f"{number(value / 10**exponent)} {prefix}{unit}"
 
 
 def facts(title: str, rows: Iterable[tuple[str, str] | tuple[str, str, str]]) -> Table:

@@ -10,11 +10,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from minillm.measure.roof import Roof
 from minillm.measure.roofline import Point, RooflineRun
+from minillm.measure.units import PREFIXES, number, quantity
 from minillm.viz import style
 
 ROOF_HEIGHT, BAR = 3.4, 0.34  # inches: the roof, and a bar of the ledger with the air around it
@@ -26,7 +27,6 @@ LEDGER: dict[str, dict[str, Any]] = {  # what a step moves, and how it is drawn
     "activations": {"color": style.ACTIVATIONS},
 }
 KEYS = (0.0, 65.0, 135.0, 215.0)  # points from the ledger's left edge to each of its keys
-UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _set_scales(axes: Axes, run: RooflineRun) -> None:
     lowest = min(roof.flop_rate(low), *(p.flop_rate for p in run.points)) / 2.5
     axes.set_ylim(lowest, roof.flops_per_second * (roof.flops_per_second / lowest) ** 0.16)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axes.yaxis.set_major_formatter(EngFormatter())
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.set_xlabel("FLOP per byte that has to be read", loc="right")
@@ -120,14 +120,14 @@ def _draw_roof(axes: Axes, run: RooflineRun) -> None:
     roof, (low, high), (bottom, top) = run.roof, axes.get_xlim(), axes.get_ylim()
     axes.plot([low, roof.ridge, high], [roof.flop_rate(v) for v in (low, roof.ridge, high)], color=style.INK, zorder=1)
     axes.plot([roof.ridge] * 2, [bottom, top], color=style.QUIET, lw=0.8, ls=":", zorder=0)
-    slope = f"{_number(roof.bytes_per_second)}B/s from {'the cache' if run.in_cache else 'memory'}"
-    ceiling = f"{_number(roof.flops_per_second)}FLOP/s, {run.dtype}"
+    slope = f"{quantity(roof.bytes_per_second, 'B/s')} from {'the cache' if run.in_cache else 'memory'}"
+    ceiling = f"{quantity(roof.flops_per_second, 'FLOP/s')}, {run.dtype}"
     right = log(roof.ridge / low) > 0.6 * log(high / low)  # the ridge is far right: its word goes to the left
     words = (
         (slope, (roof.ridge / 1.5, roof.flops_per_second / 1.5), (-8, 0), "right"),
         (ceiling, (high, roof.flops_per_second), (0, 4), "right"),
         (
-            f"ridge: {_number(roof.ridge)}FLOP/byte",
+            f"ridge: {number(roof.ridge)} FLOP/byte",
             (roof.ridge, top),
             (-4 if right else 4, -10),
             "right" if right else "left",
@@ -190,13 +190,14 @@ def _around(axes: Axes, at: tuple[float, float], place: tuple[float, float], wid
 def _draw_ledger(axes: Axes, points: Sequence[Point]) -> None:
     """A bar per step: weights, KV cache and activations as they were counted; a tick where the formula ends."""
     rows = range(len(points))
-    scale, prefix = next((s, p) for s, p in UNITS if max(p.counted.total for p in points) >= s)
+    power, prefix = next((e, p) for e, p in PREFIXES if max(p.counted.total for p in points) >= 10**e)
+    scale = 10**power
     left = [0.0] * len(points)
-    for number, (name, look) in enumerate(LEDGER.items()):
+    for place, (name, look) in enumerate(LEDGER.items()):
         widths = [_bytes(point, name) / scale for point in points]
         axes.barh(rows, widths, 0.62, left=left, **look)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-        _add_key(axes, number, name, look)
+        _add_key(axes, place, name, look)
     predicted = [p.predicted.total / scale for p in points]
     axes.vlines(predicted, [r - 0.42 for r in rows], [r + 0.42 for r in rows], color=style.INK, lw=1.4)
     _add_key(axes, 3, "formula: weights + KV", {"color": style.INK}, width=1.4)
@@ -215,13 +216,13 @@ def _bytes(point: Point, part: str) -> int:
     ]
 
 
-def _add_key(axes: Axes, number: int, name: str, look: dict[str, Any], width: float = 9.0) -> None:
+def _add_key(axes: Axes, place: int, name: str, look: dict[str, Any], width: float = 9.0) -> None:
     """A patch of a colour and what it means, above the bars."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     box = axes.get_position()
     across, height = 72 * figure.get_figwidth() * box.width, 72 * figure.get_figheight() * box.height  # points
-    x, y = KEYS[number] / across, 1 + 12 / height
+    x, y = KEYS[place] / across, 1 + 12 / height
     patch = Rectangle((x, y), width / across, 9 / height, transform=axes.transAxes, clip_on=False, **look)
     axes.add_artist(patch)
     axes.text(x + (width + 4) / across, y + 4.5 / height, name, transform=axes.transAxes, va="center_baseline")
@@ -231,10 +232,3 @@ def _name(point: Point) -> str:
     if point.phase == "prefill":
         return f"prefill, {point.context} tokens"
     return f"decode, {point.batch} × context {point.context}"
-
-
-def _number(value: float) -> str:
-    """44.7e9 as "45 G": two digits and a prefix."""
-    scale, prefix = next(((s, p) for s, p in UNITS if value >= s), UNITS[-1])
-    scaled = value / scale
-    return f"{scaled:.0f} {prefix}" if scaled >= 10 else f"{scaled:.2g} {prefix}"

@@ -50,7 +50,7 @@ def test_the_roof_is_the_measured_one() -> None:
     figure = roofline(run(point("prefill", 1, 256, 50, 0.8), point("decode", 1, 128, 1, 0.6)))
     corner = figure.axes[0].lines[0].get_xydata()[1].tolist()
     assert corner == [10, 100e9]
-    assert {"100 GFLOP/s, float32", "10 GB/s from memory", "ridge: 10 FLOP/byte"} <= set(words(figure))
+    assert {"100 GFLOP/s, float32", "10.0 GB/s from memory", "ridge: 10.0 FLOP/byte"} <= set(words(figure))
 
 
 @pytest.mark.parametrize(
