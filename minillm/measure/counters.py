@@ -148,8 +148,13 @@ class Counter:
     @property
     def largest(self) -> tuple[int, str, str]:
         """The largest activation that one operator wrote: bytes, operator, place."""
-        written = ((a.num_bytes, o.name, o.path) for o in self.operations for a in o.accesses if a.write)
-        return max((w for w in written), default=(0, "", ""))
+        written = (
+            (access.num_bytes, operation.name, operation.path)
+            for operation in self.operations
+            for access in operation.accesses
+            if access.write and access.region.kind == ACTIVATIONS
+        )
+        return max(written, default=(0, "", ""))
 
     # Listening
 
@@ -188,11 +193,14 @@ class Counter:
             region = self._regions[id(storage)] = Region()
             size = storage.nbytes() if born and isinstance(storage, torch.UntypedStorage) else 0
             self._lives.append((region, size))
-            weakref.finalize(storage, self._died, id(storage), size).atexit = False
+            weakref.finalize(storage, _died, weakref.ref(self), id(storage), size).atexit = False
         return self._regions[id(storage)]
 
-    def _died(self, key: int, size: int) -> None:
-        self._lives.append((self._regions.pop(key), -size))
+
+def _died(counter: weakref.ref[Counter], key: int, size: int) -> None:
+    """Some memory is gone. Weights outlive counters, so their memory must not keep a counter alive."""
+    if (living := counter()) is not None:
+        living._lives.append((living._regions.pop(key), -size))
 
 
 class _Listener(TorchDispatchMode):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -373,6 +375,16 @@ def test_the_counter_leaves_no_trace() -> None:
     before = len(counted.operations)
     plainly()
     assert len(counted.operations) == before and counted._stack == [""]
+
+
+def test_a_model_does_not_keep_its_counters() -> None:
+    """The mutant lets the weights' finalizers hold the counter, with every operator of every step."""
+    model = random_model("qwen3")
+    counted = count(model, decode_step(9))
+    gone = weakref.ref(counted)
+    del counted
+    gc.collect()
+    assert gone() is None
 
 
 def _fail(*_: object) -> Tensor:
