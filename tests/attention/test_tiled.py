@@ -16,7 +16,7 @@ from minillm.attention.naive import naive_attention
 from minillm.attention.tiled import TileStep, merge, tiled_attention
 from tests.attention.cases import CASES, Case, check, exact_attention, expected, mutant, rejected
 
-TILES = [(128, 256), (16, 32), (7, 5)]
+TILES = [(256, 256), (16, 32), (7, 5)]
 
 
 def run_tiled(module: ModuleType, case: Case, dtype: torch.dtype, q_tile: int, kv_tile: int) -> None:
