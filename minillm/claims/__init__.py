@@ -9,13 +9,13 @@
 
 from __future__ import annotations
 
-from minillm.claims import cache, intensity, latency, phases, serving, techniques
+from minillm.claims import cache, intensity, latency, phases, serving, techniques, tokens
 from minillm.claims.card import Card, Claim, Finding
 from minillm.claims.workbench import Workbench
 
 __all__ = ["CLAIMS", "Card", "Claim", "Finding", "Workbench"]
 
-_MODULES = (phases, intensity, cache, latency, techniques, serving)
+_MODULES = (phases, tokens, intensity, cache, latency, techniques, serving)
 
 
 def _order(claim: Claim) -> tuple[str, int]:

@@ -239,24 +239,18 @@ def idle_units(bench: Workbench) -> dict[str, Finding]:
     "B14",
     says="Being memory-bound is something else than being bandwidth-bound.",
     heard="discussions of terms",
-    formula="same FLOPs, twice the bytes (float32 for bf16): twice the time if bandwidth is the bound",
+    formula="same FLOPs, twice the bytes (a wider dtype): twice the time if bandwidth is the bound",
     otherwise="the time follows the bytes. Capacity is the other limit of memory, and it shows as preemption",
     cases=always(lambda p, m: abs(m["time"] / p["time"] - 1) > 0.3),
     depends_on_speed=True,
 )
 def memory_is_bandwidth(bench: Workbench) -> dict[str, Finding]:
-    config, step = bench.timed.config, decode_step(128)
-    wide, narrow = (least_bytes(config, step, width) for width in (4, bench.timed.dtype.itemsize))
-    crowded = bench.engine(num_blocks=9)
-    served = bench.serve(crowded, [bench.prompt(24, salt) for salt in range(4)], [12] * 4)
+    config, step, wide, narrow = bench.timed.config, decode_step(128), bench.wide, bench.timed.dtype
+    bytes_ratio = least_bytes(config, step, wide.itemsize) / least_bytes(config, step, narrow.itemsize)
+    time_ratio = bench.seconds("decode, wide") / bench.seconds("decode")
+    served = bench.serve(bench.engine(num_blocks=9), [bench.prompt(24, salt) for salt in range(4)], [12] * 4)
+    preempted = sum(len(step.preempted) for step in served.steps)
     return {
-        "time": Finding(
-            f"time per token, float32 over {dtype_name(bench.timed.dtype)}",
-            wide / narrow,
-            bench.seconds("decode, float32") / bench.seconds("decode"),
-            "×",
-        ),
-        "preempted": Finding(
-            "preemptions, 4 requests in room for 3", None, sum(len(s.preempted) for s in served.steps)
-        ),
+        "time": Finding(f"time per token, {dtype_name(wide)} over {dtype_name(narrow)}", bytes_ratio, time_ratio, "×"),
+        "preempted": Finding("preemptions, 4 requests in room for 3", None, preempted),
     }

@@ -34,6 +34,12 @@ from minillm.sampling import SamplingParams
 
 TIMED = "random:smollm2-135m"
 REPEATS = 5
+CLOSE = 1e-3  # logits that differ by less, in float32, are the same up to rounding
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference between two tensors of logits."""
+    return float((ours - theirs).abs().max())
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,11 @@ class Workbench:
         """A model whose weights no cache holds, in the dtype that this machine is fast in."""
         return load_model(TIMED, device="cpu", progress=False)
 
+    @property
+    def wide(self) -> torch.dtype:
+        """A dtype of twice as many bytes as the timed model's."""
+        return torch.float32 if self.timed.dtype.itemsize == 2 else torch.float64
+
     @cached_property
     def knee(self) -> int:
         """T*: rows from which the timed model's largest layers should be bound by computing, on this machine."""
@@ -165,8 +176,8 @@ class Workbench:
             name: StepRunner(self.timed, step) for name, step in self.timed_steps.items()
         }
         runs["decode, tiny"] = StepRunner(self.tiny, decode_step(128))
-        wide = load_model(TIMED, device="cpu", dtype="float32", progress=False)
-        runs["decode, float32"] = StepRunner(wide, decode_step(128))
+        wide = load_model(TIMED, device="cpu", dtype=dtype_name(self.wide), progress=False)
+        runs["decode, wide"] = StepRunner(wide, decode_step(128))
         ceilings = Ceilings(self.hardware, self.timed.device, self.timed.dtype)
         with torch.inference_mode():
             timings = interleaved(runs | ceilings.candidates, repeats=REPEATS)
@@ -179,5 +190,5 @@ class Workbench:
         return self._timings[1]
 
     def seconds(self, name: str) -> float:
-        """The time of one of `timed_steps`, of "decode, tiny" or of "decode, float32"."""
+        """The time of one of `timed_steps`, of "decode, tiny", or of "decode, wide"."""
         return self._timings[0][name].best

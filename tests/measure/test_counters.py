@@ -19,6 +19,8 @@ from minillm.attention.naive import naive_attention
 from minillm.attention.paged import attend_spans
 from minillm.attention.tiled import tiled_attention
 from minillm.cache.contiguous import ContiguousCache
+from minillm.config import EngineConfig
+from minillm.engine.engine import Engine
 from minillm.generate import extend, prefill
 from minillm.measure import formulas
 from minillm.measure.counters import Counter
@@ -29,6 +31,7 @@ from minillm.measure.steps import Step, chunk_steps, decode_step, prefill_step, 
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear
 from minillm.model.shapes import named_shape
+from minillm.sampling import SamplingParams
 from tests.families import FAMILIES, random_model
 
 STEPS: dict[str, Step] = {
@@ -59,7 +62,8 @@ def count(model: Decoder, step: Step, attention: Callable[..., Tensor] = attend_
 
 def flops_by_part(counted: Counter) -> formulas.Flops:
     """As the formulas have them; FLOPs anywhere else raise TypeError."""
-    return formulas.Flops(**{part: cost.flops for part, cost in counted.by_part().items() if cost.flops})
+    spent = {part: cost.flops for part, cost in counted.by_part().items() if cost.flops}
+    return formulas.Flops(**dict.fromkeys(formulas.Flops._fields, 0) | spent)
 
 
 # The identity of the instrument: what is counted is what is predicted
@@ -162,6 +166,28 @@ def test_grouped_decodes_pay_for_their_padding() -> None:
     predicted = formulas.step_bytes(model.config, step, 4)
     assert predicted.kv_read <= counted.total.bytes.kv_read <= 1.5 * predicted.kv_read
     assert counted.total.bytes.kv_write == predicted.kv_write
+
+
+@pytest.mark.parametrize("policy", ["mixed", "prefill_first"])
+def test_an_engines_steps_cost_what_their_records_say(policy: str) -> None:
+    """From the trace alone: chunks, decodes and mixed steps of several requests, priced, against what was counted."""
+    model = random_model("llama3", num_hidden_layers=2)
+    config = EngineConfig(policy=policy, max_num_batched_tokens=16, num_blocks=32, attention="sdpa")
+    engine = Engine(model, config)
+    rng = random.Random(seed := random.randrange(2**32))
+    for _ in range(3):
+        engine.add(rng.choices(range(100), k=rng.randint(5, 40)), SamplingParams(max_tokens=rng.randint(1, 6)))
+    while engine.has_unfinished:
+        with Counter(model, kv=engine.runner.cache) as counted:
+            engine.step()
+        record = engine.trace[-1]
+        step = [(part.num_scheduled, part.kv_len) for part in record.sequences]
+        rows = sum(part.num_samples for part in record.sequences)
+        predicted = formulas.step_bytes(model.config, step, 4, logit_rows=rows)
+        assert counted.total.bytes._replace(activations=0) == predicted, f"{seed=}"
+        assert (record.kv_bytes_read, record.kv_bytes_written) == (predicted.kv_read, predicted.kv_write)
+        linear = formulas.step_flops(model.config, step, logit_rows=rows)._replace(attention=0)
+        assert flops_by_part(counted)._replace(attention=0) == linear, f"{seed=}"
 
 
 # Mutants of the prediction: the counter tells each from the truth
