@@ -21,9 +21,9 @@ FLOORS = [
     ["engine", "generate"],
     ["speculative"],
     ["text", "llm"],
-    ["viz"],
     ["measure"],
-    ["claims", "lab"],
+    ["claims"],
+    ["viz", "lab"],
     ["cli", "__main__"],
 ]
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
