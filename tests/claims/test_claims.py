@@ -146,7 +146,7 @@ SIMULATED = {  # claim: its verdict at the bounds, slow-downs that change it, an
     "A9": ("holds when", {"decode": 5.0}, "wrong"),
     "A24": ("holds", {"prefill, many": 100.0}, "wrong"),
     "B12": ("holds when", {"decode, batch 16": 20.0}, "wrong"),
-    "B14": ("wrong", {"decode, wide": 5.0}, "holds"),
+    "B14": ("wrong", {"decode, wide": 0.5}, "holds"),
     "A23": ("holds", {"verify, batch 16": 2.0}, "holds when"),
 }
 
