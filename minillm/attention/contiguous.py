@@ -34,11 +34,23 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, sc
     """One query per sequence: q `[num_seqs, heads, d]`, k and v `[kv_heads, num_seqs, kv_len, d]` -> like q.
 
     Two batched matrix products with a softmax between: a single row of scores is too small to need tiles.
+    """
+    return weigh_values(decode_weights(q, k, bias, scale=scale), v)
+
+
+def decode_weights(q: Tensor, k: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:
+    """The softmax `[kv_heads, num_seqs, group, kv_len]`, in q's dtype.
+
     `bias` `[num_seqs, 1, kv_len]` is added to the scaled scores, -inf where a sequence has no key.
     """
-    num_seqs, heads, d = q.shape
+    num_seqs, _, d = q.shape
     rows = q.view(num_seqs, len(k), -1, d).transpose(0, 1)
     scores = (rows @ k.transpose(2, 3)).to(accumulator_dtype(q.dtype)) * scale
     if bias is not None:
         scores += bias
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1).reshape(num_seqs, heads, d)
+    return scores.softmax(-1).to(q.dtype)
+
+
+def weigh_values(weights: Tensor, v: Tensor) -> Tensor:
+    """Weights times values `[kv_heads, num_seqs, kv_len, d]` -> output `[num_seqs, heads, d]`."""
+    return (weights @ v).transpose(0, 1).flatten(1, 2)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillm.attention.contiguous import decode_attention
+from minillm.attention.contiguous import decode_weights, weigh_values
 from minillm.attention.layout import PagedLayout, Span
 from minillm.attention.naive import NEG_INF
 
-GROUP_BYTES = 4 * 2**20  # of a group's keys: with as many values they stay in the last-level cache between operators
+GROUP_BYTES = 8 * 2**20  # of a group's keys, gathered: they should still be in the last-level cache when they are read
 GROUP_MIN_KEYS = 512  # fewer keys, padding included, are faster one sequence after the other
 GROUP_STEP = 64  # widths are multiples of it: a new shape costs the matrix library a millisecond, once in 64 steps
 
@@ -30,60 +30,52 @@ class DecodeGroup:
     """
 
     queries: Tensor  # [num_seqs] int64, indices into the packed queries
-    slots: Tensor  # [num_seqs, width] int64
+    rows: Tensor  # [kv_heads, num_seqs, width] int64: where each key lies in a pool seen as [kv_heads * num_slots, d]
     bias: Tensor  # [num_seqs, 1, width] float32: 0, or -inf where a column is padding
 
 
 @dataclass(frozen=True)
 class CpuPlan:
-    """How a CPU computes a packed batch: groups of decodes, and the other sequences one by one."""
+    """How a CPU computes a packed batch: groups of decodes, and the other sequences one by one.
+
+    All groups of all layers gather into one buffer, first keys, then values: memory that is in the cache already.
+    Fresh pages would cost more than the copy.
+    """
 
     groups: tuple[DecodeGroup, ...]
     spans: tuple[Span, ...]
+    buffer: Tensor  # [rows of the largest group, d]
 
     @classmethod
-    def make(cls, layout: PagedLayout, max_keys: int) -> CpuPlan:
-        """Groups of at most `max_keys` keys, padding included; similar lengths together, so that little is padded."""
+    def make(cls, layout: PagedLayout, pool: Tensor, group_bytes: int = GROUP_BYTES) -> CpuPlan:
+        """Plan for pools like `pool` `[kv_heads, num_blocks, block_size, d]`."""
+        kv_heads, _, _, d = pool.shape
+        max_keys = group_bytes // (kv_heads * d * pool.element_size())
         decodes = [span for span in layout.spans if span.q_len == 1 <= span.kv_len]
-        groups = [group for group in _packed(sorted(decodes, key=lambda span: span.kv_len), max_keys) if _pays(group)]
-        grouped = {span.index for group in groups for span in group}
+        packed = [group for group in _packed(sorted(decodes, key=lambda span: span.kv_len), max_keys) if _pays(group)]
+        grouped = {span.index for group in packed for span in group}
+        groups = tuple(_padded(group, layout, pool) for group in packed)
         return cls(
-            groups=tuple(_padded(group, layout) for group in groups),
+            groups=groups,
             spans=tuple(span for span in layout.spans if span.index not in grouped),
+            buffer=pool.new_empty(max((group.rows.numel() for group in groups), default=0), d),
         )
 
-    @property
-    def max_keys(self) -> int:
-        """Keys of the largest group, padding included."""
-        return max((group.slots.numel() for group in self.groups), default=0)
+    def attend_groups(
+        self, q: Tensor, k_pool: Tensor, v_pool: Tensor, out: Tensor, *, scale: float, sliding_window: int | None
+    ) -> None:
+        """Decode all groups, into their rows of `out` `[num_tokens, heads, d]`."""
+        for group in self.groups:
+            newest = slice(None) if sliding_window is None else slice(-sliding_window, None)
+            rows, bias = group.rows[:, :, newest], group.bias[:, :, newest]
+            weights = decode_weights(q[group.queries], self._gather(k_pool, rows), bias, scale=scale)
+            out[group.queries] = weigh_values(weights, self._gather(v_pool, rows))
 
-
-def attend_groups(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    plan: CpuPlan,
-    out: Tensor,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-) -> None:
-    """Decode the plan's groups over pools `[kv_heads, num_blocks, block_size, d]`, into their rows of `out`.
-
-    All groups share one pair of buffers: memory that is in the cache already, and fresh pages cost more than a copy.
-    """
-    kv_heads, *_, d = k_pool.shape
-    buffers = k_pool.new_empty(2, kv_heads * plan.max_keys, d)
-    head_starts = torch.arange(kv_heads)[:, None, None] * k_pool[0].numel() // d
-    for group in plan.groups:
-        newest = slice(None) if sliding_window is None else slice(-sliding_window, None)
-        slots, bias = group.slots[:, newest], group.bias[:, :, newest]
-        rows = (head_starts + slots).flatten()
-        k, v = (
-            torch.index_select(pool.view(-1, d), 0, rows, out=buffer[: len(rows)]).view(kv_heads, *slots.shape, d)
-            for pool, buffer in zip((k_pool, v_pool), buffers, strict=True)
-        )
-        out[group.queries] = decode_attention(q[group.queries], k, v, bias, scale=scale)
+    def _gather(self, pool: Tensor, rows: Tensor) -> Tensor:
+        """`[kv_heads, num_seqs, width, d]`, until the next call. Along dimension 0, where torch uses all cores."""
+        d = pool.shape[3]
+        buffer = self.buffer[: rows.numel()]
+        return torch.index_select(pool.view(-1, d), 0, rows.flatten(), out=buffer).view(*rows.shape, d)
 
 
 def _packed(spans: list[Span], max_keys: int) -> Iterator[list[Span]]:
@@ -109,13 +101,16 @@ def _width(span: Span) -> int:
     return -(-span.kv_len // GROUP_STEP) * GROUP_STEP
 
 
-def _padded(group: list[Span], layout: PagedLayout) -> DecodeGroup:
+def _padded(group: list[Span], layout: PagedLayout, pool: Tensor) -> DecodeGroup:
+    kv_heads, num_blocks, block_size, _ = pool.shape
     kv_lens = torch.tensor([[span.kv_len] for span in group])
     tables = layout.block_tables[[span.index for span in group]]
     key = torch.arange(-_width(group[-1]), 0) + kv_lens
     real = key.clamp(min=0)
+    slots = tables.gather(1, real // block_size) * block_size + real % block_size
+    heads = torch.arange(kv_heads)[:, None, None] * (num_blocks * block_size)
     return DecodeGroup(
         queries=torch.tensor([span.queries.start for span in group]),
-        slots=tables.gather(1, real // layout.block_size) * layout.block_size + real % layout.block_size,
+        rows=heads + slots,
         bias=torch.zeros(key.shape).masked_fill_(key < 0, NEG_INF)[:, None],
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minillm.attention.contiguous import attention
-from minillm.attention.grouped import GROUP_BYTES, CpuPlan, attend_groups
+from minillm.attention.grouped import CpuPlan
 from minillm.attention.layout import PagedLayout, Span
 
 
@@ -31,14 +31,14 @@ def paged_attention(
 ) -> Tensor:
     """The CPU's way: decodes in groups, the others one by one. q `[num_tokens, heads, d]` -> like q.
 
-    What to group depends on the batch and on the size of a key alone, so the first layer plans for all.
+    What to group depends on the batch and on the shape of the pools alone, so the first layer plans for all.
     """
-    max_keys = GROUP_BYTES // (k_pool.shape[0] * k_pool.shape[3] * k_pool.element_size())
-    plan = layout.memo.get(max_keys) or layout.memo.setdefault(max_keys, CpuPlan.make(layout, max_keys))
+    key = (k_pool.shape, k_pool.dtype)
+    plan: CpuPlan = layout.memo.get(key) or layout.memo.setdefault(key, CpuPlan.make(layout, k_pool))
     if not plan.groups:
         return attend_spans(q, k_pool, v_pool, layout, scale=scale, sliding_window=sliding_window)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    attend_groups(q, k_pool, v_pool, plan, out, scale=scale, sliding_window=sliding_window)
+    plan.attend_groups(q, k_pool, v_pool, out, scale=scale, sliding_window=sliding_window)
     for span in plan.spans:
         k, v = read_span(k_pool, v_pool, span, sliding_window)
         out[span.queries] = attention(q[span.queries], k, v, scale=scale, sliding_window=sliding_window)

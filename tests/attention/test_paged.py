@@ -93,13 +93,14 @@ def tokens_as_blocks(kv_len: int) -> PagedLayout:
 def test_decodes_are_grouped_with_little_padding() -> None:
     lengths = [1000, 200, 990, 150, 64, 250, 1024]
     batch = pack([Case(1, n, d=8) for n in lengths] + [Case(5, 5, d=8)])
+    bytes_per_key = batch.k_pool[:, 0, 0].nbytes
     for max_keys, wanted in (
         (8192, {(3, 1, 5): 256, (2, 0, 6): 1024}),  # twice 64 is less than 192: the shortest goes alone
         (2048, {(3, 1, 5): 256, (2, 0): 1024, (6,): 1024}),
         (512, {(3, 1): 256, (2,): 1024, (0,): 1024, (6,): 1024}),
     ):
-        plan = CpuPlan.make(batch.layout, max_keys)
-        assert {tuple(group.queries.tolist()): group.slots.shape[1] for group in plan.groups} == wanted
+        plan = CpuPlan.make(batch.layout, batch.k_pool, max_keys * bytes_per_key)
+        assert {tuple(group.queries.tolist()): group.rows.shape[2] for group in plan.groups} == wanted
         grouped = [i for queries in wanted for i in queries]
         assert [span.index for span in plan.spans] == [i for i in range(8) if i not in grouped]
 
@@ -181,15 +182,14 @@ def run_all(backend: PagedAttention, build: Any = PagedLayout.build) -> None:
         (grouped, "slice(-sliding_window, None)", "slice(-sliding_window - 1, None)"),
         (grouped, "masked_fill_(key < 0, NEG_INF)", "masked_fill_(key < 0, 0.0)"),
         (grouped, "masked_fill_(key < 0, NEG_INF)", "masked_fill_(key <= 0, NEG_INF)"),
-        (grouped, "real % layout.block_size", "0"),
-        (grouped, "* k_pool[0].numel() // d", "* 0"),
+        (grouped, "real % block_size", "0"),
+        (grouped, "* (num_blocks * block_size)", "* 0"),
         (grouped, "== 1 <= span.kv_len", "<= 2 <= span.kv_len"),
     ],
 )
 def test_the_oracle_rejects(module: ModuleType, old: str, new: str, tmp_path: Path, monkeypatch: Any) -> None:
     wrong = mutant(module, old, new, tmp_path)
     monkeypatch.setattr(paged, "CpuPlan", getattr(wrong, "CpuPlan", paged.CpuPlan))
-    monkeypatch.setattr(paged, "attend_groups", getattr(wrong, "attend_groups", paged.attend_groups))
     monkeypatch.setattr(paged, "read_span", getattr(wrong, "read_span", paged.read_span))
     build = wrong.PagedLayout.build if module is layout else PagedLayout.build
     assert rejected(partial(run_all, paged_attention, build))
