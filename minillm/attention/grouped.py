@@ -1,7 +1,7 @@
-"""Decoding many sequences at once on a CPU: one query each, keys gathered to a common width, two batched products.
+"""Decoding many sequences at once on a CPU: one query each, keys and values gathered to a common width.
 
-Alone, a short sequence costs more in starting operators than in arithmetic; in bfloat16 a long one is faster as a plain
-matrix product than through the fused kernel. Several of them fill both.
+Alone, a short sequence costs more in starting operators than in arithmetic. Few keys go through SDPA with a mask; many
+are faster as two plain matrix products, and then values can take the keys' place in the cache.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 from minillm.attention.contiguous import decode_weights, weigh_values
 from minillm.attention.layout import PagedLayout, Span
 from minillm.attention.naive import NEG_INF
+from minillm.attention.sdpa import sdpa_decode
 
 GROUP_BYTES = 8 * 2**20  # of a group's keys, gathered: they should still be in the last-level cache when they are read
-GROUP_MIN_KEYS = 512  # fewer keys, padding included, are faster one sequence after the other
+FUSED_ROWS = 6144  # keys · key/value heads from which on two matrix products are faster than SDPA
 GROUP_STEP = 64  # widths are multiples of it: a new shape costs the matrix library a millisecond, once in 64 steps
 
 
@@ -31,20 +32,20 @@ class DecodeGroup:
 
     queries: Tensor  # [num_seqs] int64, indices into the packed queries
     rows: Tensor  # [kv_heads, num_seqs, width] int64: where each key lies in a pool seen as [kv_heads * num_slots, d]
-    bias: Tensor  # [num_seqs, 1, width] float32: 0, or -inf where a column is padding
+    bias: Tensor  # [num_seqs, 1, width] in the pool's dtype: 0, or -inf where a column is padding
 
 
 @dataclass(frozen=True)
 class CpuPlan:
     """How a CPU computes a packed batch: groups of decodes, and the other sequences one by one.
 
-    All groups of all layers gather into one buffer, first keys, then values: memory that is in the cache already.
-    Fresh pages would cost more than the copy.
+    All groups of all layers gather into one buffer: memory that is in the cache already. Fresh pages would cost more
+    than the copy.
     """
 
     groups: tuple[DecodeGroup, ...]
     spans: tuple[Span, ...]
-    buffer: Tensor  # [rows of the largest group, d]
+    buffer: Tensor  # [rows, d]
 
     @classmethod
     def make(cls, layout: PagedLayout, pool: Tensor, group_bytes: int = GROUP_BYTES) -> CpuPlan:
@@ -55,10 +56,11 @@ class CpuPlan:
         packed = [group for group in _packed(sorted(decodes, key=lambda span: span.kv_len), max_keys) if _pays(group)]
         grouped = {span.index for group in packed for span in group}
         groups = tuple(_padded(group, layout, pool) for group in packed)
+        size = max((group.rows.numel() for group in groups), default=0)
         return cls(
             groups=groups,
             spans=tuple(span for span in layout.spans if span.index not in grouped),
-            buffer=pool.new_empty(max((group.rows.numel() for group in groups), default=0), d),
+            buffer=pool.new_empty(max(size, 2 * min(size, FUSED_ROWS)), d),  # SDPA wants keys and values at once
         )
 
     def attend_groups(
@@ -68,13 +70,21 @@ class CpuPlan:
         for group in self.groups:
             newest = slice(None) if sliding_window is None else slice(-sliding_window, None)
             rows, bias = group.rows[:, :, newest], group.bias[:, :, newest]
-            weights = decode_weights(q[group.queries], self._gather(k_pool, rows), bias, scale=scale)
-            out[group.queries] = weigh_values(weights, self._gather(v_pool, rows))
+            queries, keys = q[group.queries], self._gather(k_pool, rows)
+            if rows.numel() < FUSED_ROWS:
+                values = self._gather(v_pool, rows, behind=rows.numel())
+                out[group.queries] = sdpa_decode(queries, keys, values, bias, scale=scale)
+            else:
+                weights = decode_weights(queries, keys, bias, scale=scale)
+                out[group.queries] = weigh_values(weights, self._gather(v_pool, rows))
 
-    def _gather(self, pool: Tensor, rows: Tensor) -> Tensor:
-        """`[kv_heads, num_seqs, width, d]`, until the next call. Along dimension 0, where torch uses all cores."""
+    def _gather(self, pool: Tensor, rows: Tensor, behind: int = 0) -> Tensor:
+        """`[kv_heads, num_seqs, width, d]`, valid until the buffer is used again.
+
+        Along dimension 0, because there torch uses all cores.
+        """
         d = pool.shape[3]
-        buffer = self.buffer[: rows.numel()]
+        buffer = self.buffer[behind : behind + rows.numel()]
         return torch.index_select(pool.view(-1, d), 0, rows.flatten(), out=buffer).view(*rows.shape, d)
 
 
@@ -91,10 +101,8 @@ def _packed(spans: list[Span], max_keys: int) -> Iterator[list[Span]]:
 
 
 def _pays(group: list[Span]) -> bool:
-    """Few keys are faster one by one; a sequence alone whose blocks are neighbours is read where it lies."""
-    if len(group) == 1 and group[0].adjacent:
-        return False
-    return len(group) * _width(group[-1]) >= GROUP_MIN_KEYS
+    """A sequence alone whose blocks are neighbours is read where it lies."""
+    return len(group) > 1 or not group[0].adjacent
 
 
 def _width(span: Span) -> int:
@@ -112,5 +120,5 @@ def _padded(group: list[Span], layout: PagedLayout, pool: Tensor) -> DecodeGroup
     return DecodeGroup(
         queries=torch.tensor([span.queries.start for span in group]),
         rows=heads + slots,
-        bias=torch.zeros(key.shape).masked_fill_(key < 0, NEG_INF)[:, None],
+        bias=pool.new_zeros(key.shape).masked_fill_(key < 0, NEG_INF)[:, None],
     )

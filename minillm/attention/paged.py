@@ -72,5 +72,8 @@ def read_span(k_pool: Tensor, v_pool: Tensor, span: Span, sliding_window: int | 
     if isinstance(span.slots, slice):
         keys = slice(span.slots.start + first, span.slots.stop)
         return k_pool.flatten(1, 2)[:, keys], v_pool.flatten(1, 2)[:, keys]
-    slots = span.slots[first:]
-    return k_pool.flatten(1, 2).index_select(1, slots), v_pool.flatten(1, 2).index_select(1, slots)
+    kv_heads, num_blocks, block_size, d = k_pool.shape
+    heads = torch.arange(kv_heads, device=k_pool.device)[:, None] * (num_blocks * block_size)
+    rows = heads + span.slots[first:].to(k_pool.device)  # along dimension 0, because there torch uses all cores
+    k, v = (pool.view(-1, d).index_select(0, rows.flatten()) for pool in (k_pool, v_pool))
+    return k.view(*rows.shape, d), v.view(*rows.shape, d)

@@ -41,3 +41,14 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) ->
     mask = None if mask is None else mask.repeat(group, 1)
     out = functional.scaled_dot_product_attention(rows, k[None], v[None], attn_mask=mask, scale=scale)
     return out.view(-1, group, q_len, d).permute(2, 0, 1, 3).reshape(q_len, heads, d)
+
+
+def sdpa_decode(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float) -> Tensor:
+    """One query per sequence: q `[num_seqs, heads, d]`, k and v `[kv_heads, num_seqs, kv_len, d]` -> like q.
+
+    `bias` `[num_seqs, 1, kv_len]`, in q's dtype, is added to the scaled scores, -inf where a sequence has no key.
+    """
+    num_seqs, _, d = q.shape
+    rows = q.view(num_seqs, len(k), -1, d).transpose(0, 1)
+    out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=bias[None], scale=scale)
+    return out.transpose(0, 1).flatten(1, 2)

@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minillm.attention import LOSES, PagedAttention, PagedLayout, get_backend, grouped, layout, paged, write_kv
+from minillm.attention import (
+    LOSES,
+    PagedAttention,
+    PagedLayout,
+    contiguous,
+    get_backend,
+    grouped,
+    layout,
+    paged,
+    write_kv,
+)
 from minillm.attention.grouped import CpuPlan
 from minillm.attention.paged import attend_spans, paged_attention
 from minillm.errors import ConfigError
@@ -37,6 +47,15 @@ def test_each_sequence_as_if_alone(backend: PagedAttention, cases: list[Case], o
     """All unowned slots hold NaN: one that leaks is seen."""
     batch = pack(cases, dtype, order=order)
     batch.check(attend(backend, batch))
+
+
+@pytest.mark.parametrize("cases", BATCHES.values(), ids=list(BATCHES))
+@pytest.mark.parametrize("fused_rows", [0, 10**9])
+def test_groups_either_way(fused_rows: int, cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through SDPA, and as two matrix products."""
+    monkeypatch.setattr(grouped, "FUSED_ROWS", fused_rows)
+    batch = pack(cases, torch.float64)
+    batch.check(attend(paged_attention, batch))
 
 
 @pytest.mark.parametrize("cases", BATCHES.values(), ids=list(BATCHES))
@@ -95,14 +114,19 @@ def test_decodes_are_grouped_with_little_padding() -> None:
     batch = pack([Case(1, n, d=8) for n in lengths] + [Case(5, 5, d=8)])
     bytes_per_key = batch.k_pool[:, 0, 0].nbytes
     for max_keys, wanted in (
-        (8192, {(3, 1, 5): 256, (2, 0, 6): 1024}),  # twice 64 is less than 192: the shortest goes alone
-        (2048, {(3, 1, 5): 256, (2, 0): 1024, (6,): 1024}),
-        (512, {(3, 1): 256, (2,): 1024, (0,): 1024, (6,): 1024}),
+        (8192, {(4,): 64, (3, 1, 5): 256, (2, 0, 6): 1024}),  # 64 is not padded to 192
+        (2048, {(4,): 64, (3, 1, 5): 256, (2, 0): 1024, (6,): 1024}),
+        (512, {(4,): 64, (3, 1): 256, (5,): 256, (2,): 1024, (0,): 1024, (6,): 1024}),
     ):
         plan = CpuPlan.make(batch.layout, batch.k_pool, max_keys * bytes_per_key)
         assert {tuple(group.queries.tolist()): group.rows.shape[2] for group in plan.groups} == wanted
-        grouped = [i for queries in wanted for i in queries]
-        assert [span.index for span in plan.spans] == [i for i in range(8) if i not in grouped]
+        assert [span.index for span in plan.spans] == [7]
+
+
+def test_one_decode_of_neighbouring_blocks_is_not_gathered() -> None:
+    batch = pack([Case(1, 500), Case(9, 9)], order="adjacent")
+    plan = CpuPlan.make(batch.layout, batch.k_pool)
+    assert not plan.groups and len(plan.spans) == 2
 
 
 def test_a_layer_plans_once_per_step() -> None:
@@ -183,6 +207,7 @@ def run_all(backend: PagedAttention, build: Any = PagedLayout.build) -> None:
         (grouped, "masked_fill_(key < 0, NEG_INF)", "masked_fill_(key < 0, 0.0)"),
         (grouped, "masked_fill_(key < 0, NEG_INF)", "masked_fill_(key <= 0, NEG_INF)"),
         (grouped, "real % block_size", "0"),
+        (grouped, "behind=rows.numel()", "behind=0"),  # values overwrite the keys before they are used
         (grouped, "* (num_blocks * block_size)", "* 0"),
         (grouped, "== 1 <= span.kv_len", "<= 2 <= span.kv_len"),
     ],
@@ -193,6 +218,21 @@ def test_the_oracle_rejects(module: ModuleType, old: str, new: str, tmp_path: Pa
     monkeypatch.setattr(paged, "read_span", getattr(wrong, "read_span", paged.read_span))
     build = wrong.PagedLayout.build if module is layout else PagedLayout.build
     assert rejected(partial(run_all, paged_attention, build))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("scores += bias", "scores += 0"),
+        ("view(num_seqs, len(k), -1, d).transpose(0, 1)", "view(len(k), num_seqs, -1, d)"),
+        ("* scale\n", "\n"),
+    ],
+)
+def test_two_products_reject(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = mutant(contiguous, old, new, tmp_path)
+    monkeypatch.setattr(grouped, "FUSED_ROWS", 0)
+    monkeypatch.setattr(grouped, "decode_weights", wrong.decode_weights)
+    assert rejected(partial(run_all, paged_attention))
 
 
 @pytest.mark.parametrize(
