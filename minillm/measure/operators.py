@@ -43,7 +43,7 @@ def traffic_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
     if name in EMPTY:
         return Traffic([], [(tensor, 0) for tensor in fresh])
     read = {id(t): t for argument, t in operands if not (_is_written(argument) and (argument.is_out or name in FILLS))}
-    reads = [(tensor, num_bytes(tensor)) for tensor in read.values()]
+    reads = [] if _takes_only_shape(name) else [(tensor, num_bytes(tensor)) for tensor in read.values()]
     writes = [(tensor, num_bytes(tensor)) for tensor in fresh + changed]
     if name in GATHERS:
         reads[0] = (reads[0][0], writes[0][1])
@@ -51,6 +51,11 @@ def traffic_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: An
         source = next((t for argument, t in operands if argument.name == SCATTERS[name]), None)
         writes = writes if source is None else [(writes[0][0], num_bytes(source))]
     return Traffic(reads, writes)
+
+
+def _takes_only_shape(name: str) -> bool:
+    """`new_zeros`, `full_like` and their kind ask a tensor for its shape or type, never for what is in it."""
+    return name.startswith("new_") or name.endswith("_like")
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

@@ -308,6 +308,8 @@ def test_code_without_modules_can_name_places() -> None:
         (lambda x: x.index_copy_(0, torch.tensor([1]), torch.ones(1, 6)), 24 + 8, 24 + 24),
         (lambda x: x * x, 96, 96),
         (lambda x: torch.empty(100), 0, 0),
+        (lambda x: x.new_zeros(2), 0, 8),
+        (lambda x: torch.full_like(x, 3), 0, 96),
         (lambda x: torch.tensor([1, 2]), 0, 0),
         (lambda x: torch.mul(x, 2, out=torch.empty(4, 6)), 96, 96),
         (lambda x: x.expand(5, 4, 6).sum(), 96, 4),

@@ -27,16 +27,16 @@ def run() -> RooflineRun:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "read_buffer", lambda *_: torch.ones(2**21, dtype=torch.bfloat16))
         return measure_roofline(
-            random_model("qwen3"), hardware, name="x", prompts=[8, 20], batches=[1, 3], contexts=[16], repeats=2
+            random_model("qwen3"), hardware, name="x", prompts=[8, 20], batches=[1, 3], contexts=[64], repeats=2
         )
 
 
 def test_each_point_is_its_step(run: RooflineRun) -> None:
     shapes = [(p.phase, p.batch, p.context) for p in run.points]
-    assert shapes == [("prefill", 1, 8), ("prefill", 1, 20), ("decode", 1, 16), ("decode", 3, 16)]
+    assert shapes == [("prefill", 1, 8), ("prefill", 1, 20), ("decode", 1, 64), ("decode", 3, 64)]
     config = random_model("qwen3").config
     for point, step in zip(
-        run.points, [prefill_step(8), prefill_step(20), decode_step(16), decode_step(16, 3)], strict=True
+        run.points, [prefill_step(8), prefill_step(20), decode_step(64), decode_step(64, 3)], strict=True
     ):
         assert point.flops == step_flops(config, step).total
         assert point.least_bytes == least_bytes(config, step, 4)
