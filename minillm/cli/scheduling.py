@@ -23,11 +23,11 @@ Repeats = Annotated[int, typer.Option(min=1, help="Rounds in which every choice 
 
 def stall(
     model: Model = "random:smollm2-135m",
-    budgets: Annotated[str, typer.Option(help="Tokens per step.", metavar="N,N,…")] = "16,32,48,64,128,256,512,2056",
+    budgets: Annotated[str, typer.Option(help="Tokens per step.", metavar="N,N,…")] = "16,24,64,512",
     running: Annotated[int, typer.Option(min=1, help="Sequences that decode.")] = 8,
     context: Annotated[int, typer.Option(min=1, help="Their prompt tokens.")] = 128,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that arrives.")] = 2048,
-    repeats: Repeats = 3,
+    repeats: Repeats = 2,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,

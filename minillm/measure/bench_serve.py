@@ -49,7 +49,7 @@ class StepCost(NamedTuple):
     run: float  # the model and sampling
     commit: float
     num_sequences: int
-    num_decodes: int  # sequences that computed one token behind their prompt
+    num_decodes: int  # sequences that went on behind their prompt, guesses included
     num_tokens: int
     num_recomputed: int
 
@@ -62,7 +62,7 @@ class StepCost(NamedTuple):
             record.run_time,
             record.commit_time,
             len(record.sequences),
-            sum(part.phase == "decode" for part in record.sequences),
+            sum(part.phase in ("decode", "verify") for part in record.sequences),
             record.num_tokens,
             sum(part.num_recomputed for part in record.sequences),
         )
