@@ -145,8 +145,7 @@ class Workbench:
     @cached_property
     def knee(self) -> int:
         """T*: rows from which the timed model's largest layers should be bound by computing, on this machine."""
-        config, rate = self.timed.config, self.hardware.matmul_rate[dtype_name(self.timed.dtype)]
-        ridge = Roof(rate, self.hardware.read_bandwidth).ridge
+        config, ridge = self.timed.config, self.hardware.roof(dtype_name(self.timed.dtype)).ridge
         rows = ridge_rows(config.hidden_size, 2 * config.intermediate_size, self.timed.dtype.itemsize, ridge)
         return max(4, round(min(rows, 64)))
 

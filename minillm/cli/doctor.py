@@ -83,7 +83,8 @@ def _ceilings(hardware: Hardware) -> list[Fact]:
         ("copy", quantity(hardware.copy_bandwidth, "B/s"), "read and written added up"),
     ]
     for dtype, rate in hardware.matmul_rate.items():
-        rows.append((f"matmul {dtype}", quantity(rate, "FLOP/s"), f"ridge {number(hardware.ridge(dtype))} FLOP/byte"))
+        ridge = number(hardware.roof(dtype).ridge)
+        rows.append((f"matmul {dtype}", quantity(rate, "FLOP/s"), f"ridge {ridge} FLOP/byte"))
     rows.append(("operator", quantity(hardware.operator_overhead, "s"), "overhead of one call from Python"))
     return rows
 

@@ -57,10 +57,7 @@ class Subject:
     @property
     def roof(self) -> Roof:
         """This machine's roof for products in the model's dtype."""
-        from minillm.measure.roof import Roof
-
-        rates = self.hardware.matmul_rate
-        return Roof(rates.get(self.dtype, rates["float32"]), self.hardware.read_bandwidth)
+        return self.hardware.roof(self.dtype)
 
     def print_title(self) -> None:
         """The line above every result: what ran on what."""

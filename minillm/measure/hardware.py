@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minillm.measure.bench import interleaved
 from minillm.measure.machine import Machine, describe_machine
+from minillm.measure.roof import Roof
 from minillm.model.linear import Linear
 from minillm.model.loader import choose_device
 
@@ -45,13 +46,9 @@ class Hardware:
     operator_overhead: float  # s for an operator on one number: launch cost on CUDA
     measured_on: str  # ISO date
 
-    def ridge(self, dtype: str) -> float:
-        """FLOP per byte at which computing takes as long as reading: below it a kernel waits for memory."""
-        return self.matmul_rate[dtype] / self.read_bandwidth
-
-    def least_seconds(self, *, bytes_read: float, flops: float = 0.0, dtype: str = "float32") -> float:
-        """The roofline's bound: the longer of reading the bytes and computing the FLOPs, if both overlap perfectly."""
-        return max(bytes_read / self.read_bandwidth, flops / self.matmul_rate[dtype])
+    def roof(self, dtype: str) -> Roof:
+        """What work in this dtype can reach at best: products in it where they were measured, else in float32."""
+        return Roof(self.matmul_rate.get(dtype, self.matmul_rate["float32"]), self.read_bandwidth)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -122,9 +122,10 @@ def test_unknown_devices_are_refused(device: str) -> None:
 
 
 def test_the_roofline_is_the_longer_of_reading_and_computing() -> None:
-    assert HARDWARE.ridge("bfloat16") == 20
-    assert HARDWARE.least_seconds(bytes_read=80e9, flops=200e9, dtype="float32") == 2
-    assert HARDWARE.least_seconds(bytes_read=40e9, flops=1600e9, dtype="bfloat16") == 2
+    assert HARDWARE.roof("bfloat16").ridge == 20
+    assert HARDWARE.roof("float32").seconds(200e9, 80e9) == 2
+    assert HARDWARE.roof("bfloat16").seconds(1600e9, 40e9) == 2
+    assert HARDWARE.roof("float16") == HARDWARE.roof("float32")
 
 
 def test_every_read_pattern_reads_every_byte() -> None:
