@@ -30,6 +30,7 @@ SHARED = PETROFF10[7]  # sand, dotted, with a reference count
 WEIGHTS = PETROFF10[8]  # grey
 ACTIVATIONS = PETROFF10[9]  # pale cyan
 KV_HATCH, SHARED_HATCH = "///", "..."
+OWNERS = ("#9cc98a", "#e6a3c4", "#c79a84", "#d3d97a", "#a9b8b6")  # whose block it is; a letter always says it again
 
 INK, QUIET = "#24292f", "#6a6f7a"  # text and axes; what matters less
 PREFILL_INK, DECODE_INK = "#1b66ab", "#9a6100"  # the same hues, dark enough to be read as text on white
@@ -74,8 +75,13 @@ def new_figure(height: float) -> Figure:
 
 def add_row(figure: Figure, *, top: float, height: float) -> Axes:
     """Axes of the full width between the course's margins, `top` inches below the figure's upper edge."""
+    return add_axes(figure, left=MARGIN, top=top, width=WIDTH - 2 * MARGIN, height=height)
+
+
+def add_axes(figure: Figure, *, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes of a size in inches, `left` inches from the figure's left edge and `top` inches below its upper one."""
     full = figure.get_figheight()
-    return figure.add_axes((MARGIN / WIDTH, 1 - (top + height) / full, 1 - 2 * MARGIN / WIDTH, height / full))
+    return figure.add_axes((left / WIDTH, 1 - (top + height) / full, width / WIDTH, height / full))
 
 
 def add_title(figure: Figure, text: str) -> None:
