@@ -9,12 +9,15 @@ Figures are made without pyplot: no global state, no window, safe in threads. De
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
+from matplotlib.ticker import LogLocator, NullLocator
 
 PETROFF10 = (
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
@@ -37,6 +40,8 @@ PREFILL_INK, DECODE_INK = "#1b66ab", "#9a6100"  # the same hues, dark enough to 
 
 WIDTH, MARGIN = 8.2, 0.3  # inches: 900 pixels at 110 dpi, and the air left and right
 SMALL, NORMAL = 8, 9  # points
+LONGEST = 14  # characters of a token's text
+SIGNS = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
 
 _SHEET: Any = {  # names of rcParams; their type differs between versions of matplotlib
     "figure.dpi": 110,
@@ -100,6 +105,15 @@ def bare(axes: Axes, *, keep: str = "") -> None:
         axes.set_xticks([])
 
 
+def plain_log(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis, as many as there is room for."""
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 4 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
 def points_per_unit(axes: Axes) -> float:
     """Points on paper per unit of the x axis, to tell what fits where."""
     low, high = axes.get_xlim()
@@ -112,3 +126,10 @@ def text_width(text: str, size: float = SMALL) -> float:
     """How wide a text gets, in points; the largest line counts."""
     lines = [line for line in text.splitlines() if line.strip()]
     return max((float(TextPath((0, 0), line, size=size).get_extents().width) for line in lines), default=0.0)
+
+
+def token_label(text: str) -> str:
+    """A token's text on one short line: line breaks and lone blanks get a sign, what is long is cut."""
+    shown = text.strip(" ") or (text if len(text) < 2 else f"␣×{len(text)}")
+    shown = "".join(c if c.isprintable() else "·" for c in shown.translate(SIGNS))
+    return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"

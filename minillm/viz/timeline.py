@@ -20,8 +20,6 @@ Step = tuple[float, float]  # start and end, in ms since the request arrived
 
 AIR = 5.0  # points between a token's text and the edges of its step
 FEWEST, MOST = 4, 24  # steps that are worth magnifying
-LONGEST = 14  # characters of a token's text
-SIGNS = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
 ARROW = 1.14  # height of the arrows; the bar fills 0 to 1
 
 
@@ -35,7 +33,7 @@ def request_timeline(metrics: RequestMetrics, *, prompt_tokens: int, texts: Sequ
     if not metrics.token_times or not metrics.token_times[0]:
         raise RequestError("This request has no tokens yet, so there is nothing to draw. Draw it when it has finished.")
     times = [1e3 * (time - metrics.arrival_time) for time in metrics.token_times[0]]  # ms since arrival
-    labels = [_visible(text) for text in texts[: len(times)]]
+    labels = [style.token_label(text) for text in texts[: len(times)]]
     steps = list(pairwise(times))
     magnified = 0 if _all_fit(labels, steps, (0, times[-1])) else _magnifiable(labels, steps)
     figure = style.new_figure(3.4 if magnified else 2.2)
@@ -58,13 +56,6 @@ def _title(prompt_tokens: int, new_tokens: int) -> str:
 
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def _visible(text: str) -> str:
-    """A token's text on one short line: line breaks and lone blanks get a sign, what is long is cut."""
-    shown = text.strip(" ") or (text if len(text) < 2 else f"␣×{len(text)}")
-    shown = "".join(c if c.isprintable() else "·" for c in shown.translate(SIGNS))
-    return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
 
 
 def _all_fit(labels: Sequence[str], steps: Sequence[Step], window: Step) -> bool:
