@@ -56,11 +56,11 @@ def roofline(run: RooflineRun) -> Figure:
     bars = list(dict.fromkeys(bars))
     figure = style.new_figure(1.0 + ROOF_HEIGHT + 1.2 + BAR * len(bars) + 0.6)
     style.add_title(figure, _title(run))
-    axes = _add_axes(figure, top=1.0, height=ROOF_HEIGHT, left=0.6)
+    axes = style.add_row(figure, top=1.0, height=ROOF_HEIGHT, left=0.6)
     _set_scales(axes, run)
     _draw_roof(axes, run)
     _draw_points(axes, run)
-    ledger = _add_axes(figure, top=1.0 + ROOF_HEIGHT + 1.2, height=BAR * len(bars), left=2.15)
+    ledger = style.add_row(figure, top=1.0 + ROOF_HEIGHT + 1.2, height=BAR * len(bars), left=2.15)
     _draw_ledger(ledger, bars)
     return figure
 
@@ -91,13 +91,6 @@ def _series(points: Sequence[Point]) -> list[Series]:
         look = MARKERS[index % len(MARKERS)], style.DECODE_INK, FILLS[index % len(FILLS)]
         series.append(Series(f"decode, context {context}", "sequences", decodes, *look))
     return [one for one in series if one.points]
-
-
-def _add_axes(figure: Figure, *, top: float, height: float, left: float) -> Axes:
-    """Axes that begin `left` inches from the margin, where their labels have room."""
-    full, start = figure.get_figheight(), style.MARGIN + left
-    width = style.WIDTH - start - style.MARGIN
-    return figure.add_axes((start / style.WIDTH, 1 - (top + height) / full, width / style.WIDTH, height / full))
 
 
 def _set_scales(axes: Axes, run: RooflineRun) -> None:

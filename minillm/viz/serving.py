@@ -5,14 +5,11 @@ The picture behind ITL and chunked prefill: each mark is a token that somebody g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from minillm.errors import ConfigError
 from minillm.viz import style
@@ -122,10 +119,7 @@ def _draw_trade(
     figure: Figure, choices: Sequence[Choice], bounds: Sequence[tuple[float, float]], *, top: float
 ) -> Axes:
     """The newcomer's TTFT against the others' longest gap: points with quartiles, bounds of `mixed` as a line."""
-    full = figure.get_figheight()
-    bottom = 0.5
-    box = (LEFT / style.WIDTH, bottom / full, 1 - (LEFT + style.MARGIN) / style.WIDTH, (full - top - bottom) / full)
-    axes = figure.add_axes(box)
+    axes = style.add_row(figure, top=top, height=figure.get_figheight() - top - 0.5, left=LEFT - style.MARGIN)
     axes.set(xscale="log", yscale="log", xlabel="newcomer's TTFT, s", ylabel="others' longest gap, ms")
     for choice in choices:
         low, ttft, high = choice.spread("ttft")
@@ -150,20 +144,11 @@ def _draw_usual_gap(axes: Axes, choices: Sequence[Choice]) -> None:
     axes.set_xlim(left / 1.3, right * 1.3)
     axes.set_ylim(min(low, 0.75 * usual), max(high, TOLERABLE * usual) * 1.6)
     for axis in (axes.xaxis, axes.yaxis):
-        _number(axis)
+        style.plain_log(axis)
     for factor, words, line in ((1, "usual gap", "-"), (TOLERABLE, f"{TOLERABLE}×", "--")):
         axes.axhline(factor * usual, color=style.DECODE_INK, linewidth=0.8, linestyle=line, zorder=0)
         place, look = (right * 1.3, factor * usual), {"color": style.DECODE_INK, "size": style.SMALL}
         axes.annotate(words, place, (-2, 2), textcoords="offset points", ha="right", **look)  # type: ignore[arg-type]
-
-
-def _number(axis: Axis) -> None:
-    """Plain numbers on a log axis, as many as there is room for."""
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 4 else (1,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(NullLocator())
 
 
 def _label_points(axes: Axes, choices: Sequence[Choice]) -> None:

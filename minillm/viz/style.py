@@ -78,9 +78,9 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height))
 
 
-def add_row(figure: Figure, *, top: float, height: float) -> Axes:
-    """Axes of the full width between the course's margins, `top` inches below the figure's upper edge."""
-    return add_axes(figure, left=MARGIN, top=top, width=WIDTH - 2 * MARGIN, height=height)
+def add_row(figure: Figure, *, top: float, height: float, left: float = 0.0) -> Axes:
+    """Axes between the course's margins, `top` inches below the figure's upper edge; `left` inches for labels."""
+    return add_axes(figure, left=MARGIN + left, top=top, width=WIDTH - 2 * MARGIN - left, height=height)
 
 
 def add_axes(figure: Figure, *, left: float, top: float, width: float, height: float) -> Axes:
