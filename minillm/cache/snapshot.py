@@ -1,0 +1,71 @@
+"""The pool at one moment, kept: who holds which block, which blocks the prefix cache knows, what stands in them.
+
+Tables and pool change with every step; a picture of what happened needs copies. Taking one reads the pool's own
+books and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from minillm.cache.blocks import BlockPool, BlockTable
+
+ROOT = 0  # the parent of a first block: the dummy's number, which no sequence's block has
+
+
+@dataclass(frozen=True)
+class PoolSnapshot:
+    """Blocks by number, tables by the name of their sequence.
+
+    ref_counts: tables that hold each block, the dummy block 0 first. known: for each block that the prefix cache knows,
+    its tokens and the number of the block before it. tables: numbers of each sequence's blocks, in logical order.
+    tokens: the tokens whose KV each sequence has in them.
+    """
+
+    block_size: int
+    ref_counts: tuple[int, ...]
+    known: Mapping[int, tuple[int, tuple[int, ...]]]  # block -> (parent, tokens)
+    tables: Mapping[str, tuple[int, ...]]
+    tokens: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def take(cls, pool: BlockPool, holders: Mapping[str, tuple[BlockTable, Sequence[int]]]) -> PoolSnapshot:
+        """Read the pool. holders: each sequence's table and the tokens that are computed."""
+        number = {block.prefix: block.id for block in pool.blocks if block.prefix}
+        known = {}
+        for prefix, block in number.items():
+            parent = number.get(prefix.parent, ROOT) if prefix.parent else ROOT
+            known[block] = (parent, tuple(token for token in prefix.tokens if isinstance(token, int)))
+        return cls(
+            block_size=pool.block_size,
+            ref_counts=tuple(block.ref_count for block in pool.blocks),
+            known=known,
+            tables={name: tuple(table.blocks) for name, (table, _) in holders.items()},
+            tokens={name: tuple(tokens) for name, (_, tokens) in holders.items()},
+        )
+
+    def places(self, block: int) -> Iterator[tuple[str, int]]:
+        """(sequence, logical number) of every table entry that points to this block."""
+        for name, blocks in self.tables.items():
+            for logical, physical in enumerate(blocks):
+                if physical == block:
+                    yield name, logical
+
+    def filled(self, name: str, logical: int) -> int:
+        """Tokens of a sequence that lie in its block of this logical number."""
+        return max(0, min(self.block_size, len(self.tokens[name]) - logical * self.block_size))
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that at least one table holds."""
+        return sum(count > 0 for count in self.ref_counts)
+
+    @property
+    def waste(self) -> int:
+        """Token places that are held and empty. A place that several sequences share counts once."""
+        used: dict[int, int] = {}
+        for name, blocks in self.tables.items():
+            for logical, block in enumerate(blocks):
+                used[block] = max(used.get(block, 0), self.filled(name, logical))
+        return self.num_held * self.block_size - sum(used.values())
