@@ -66,13 +66,14 @@ def generate(
     for step in range(min(params.max_tokens, room + 1)):
         if step > 0:
             logits = decode(model, tokens[-1], cache)
-        tokens.append(_choose(logits, tokens, params, generator))
+        tokens.append(choose(logits, tokens, params, generator))
         yield tokens[-1]
         if params.ends_with(tokens[-1], model.config.eos_token_ids):
             return
 
 
-def _choose(logits: Tensor, tokens: list[int], params: SamplingParams, generator: torch.Generator | None) -> int:
+def choose(logits: Tensor, tokens: list[int], params: SamplingParams, generator: torch.Generator | None) -> int:
+    """The token behind `tokens`, drawn from its logits [vocab_size]; a greedy one needs no generator."""
     if params.repetition_penalty != 1:
         logits = penalize_repetition(logits, torch.tensor(tokens, device=logits.device), params.repetition_penalty)
     return int(sample(probs_from_logits(logits[None], [params]), [generator]))

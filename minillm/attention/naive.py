@@ -37,14 +37,18 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_wi
 def attention_map(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None
 ) -> tuple[Tensor, Tensor]:
+    """`masked_attention` under the causal rule."""
+    return masked_attention(q, k, v, visible(q.shape[0], k.shape[1], sliding_window, q.device), scale=scale)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """The output `[q_len, heads, d]` and the map `[heads, q_len, kv_len]` of the weights behind it.
 
-    Each row of the map sums to 1. A query that sees no key (it stands before position 0) has no softmax; its weights
-    and its output are defined as 0.
+    mask `[q_len, kv_len]`: True where a query may look. Each row of the map sums to 1. A query that sees no key (it
+    stands before position 0) has no softmax; its weights and its output are defined as 0.
     """
     group = q.shape[1] // k.shape[0]
     scores = q.transpose(0, 1) @ k.repeat_interleave(group, 0).transpose(1, 2)
-    mask = visible(q.shape[0], k.shape[1], sliding_window, q.device)
     scores = (scores.to(accumulator_dtype(q.dtype)) * scale).masked_fill(~mask, NEG_INF)
     weights = scores.softmax(dim=-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
     out = weights.to(v.dtype) @ v.repeat_interleave(group, 0)

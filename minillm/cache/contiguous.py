@@ -40,18 +40,25 @@ class ContiguousCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v [q_len, num_kv_heads, head_dim] behind the cached tokens, then let q see all of them."""
-        end = self.num_tokens + len(q)
+        keys, values = self.write(layer, k, v)
+        scale, window = self.config.head_dim**-0.5, self.config.sliding_window
+        return attention(q, keys, values, scale=scale, sliding_window=window)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write behind the cached tokens; views of the layer's keys and values [num_kv_heads, kv_len, head_dim]."""
+        end = self.num_tokens + len(k)
         if end > self.capacity:
             self._grow(end)
         self.keys[layer, :, self.num_tokens : end] = k.transpose(0, 1)
         self.values[layer, :, self.num_tokens : end] = v.transpose(0, 1)
-        return attention(
-            q,
-            self.keys[layer, :, :end],
-            self.values[layer, :, :end],
-            scale=self.config.head_dim**-0.5,
-            sliding_window=self.config.sliding_window,
-        )
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def keep(self, written: list[int]) -> None:
+        """Of what was written behind the cached tokens, count these rows, in this order; the others are forgotten."""
+        rows, end = self.num_tokens + torch.tensor(written), self.num_tokens + len(written)
+        for stored in (self.keys, self.values):
+            stored[:, :, self.num_tokens : end] = stored[:, :, rows.to(stored.device)]
+        self.num_tokens = end
 
     def truncate(self, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens. Raises ValueError for more than there are."""
