@@ -46,7 +46,8 @@ class LLM:
 
     model, device, dtype, seed: as in `load_model`. speculative: who guesses tokens ahead, which are then checked
     several at a time: None (nobody), "ngram" (what followed earlier in the text), "draft" (the embedded draft model) or
-    the name of a smaller model with the same tokenizer. The other settings are those of `EngineConfig`; seed also
+    the name of a smaller model with the same tokenizer. num_speculative_tokens: how many at most. adaptive_drafts: one
+    more than were right last time, twice as many if all were; False always guesses as many as there may be. The other settings are those of `EngineConfig`; seed also
     serves requests that bring none of their own. Raises what these raise.
     """
 
@@ -65,6 +66,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         speculative: str | None = None,
         num_speculative_tokens: int = 4,
+        adaptive_drafts: bool = True,
         seed: int = 0,
         debug: bool = False,
     ) -> None:
@@ -77,13 +79,14 @@ class LLM:
             enable_prefix_caching=enable_prefix_caching,
             attention=attention,
             num_speculative_tokens=num_speculative_tokens,
+            adaptive_drafts=adaptive_drafts,
             seed=seed,
             debug=debug,
         )
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(load_model(model, device=device, dtype=dtype, seed=seed), config)
         if speculative is not None:
-            attach(speculative, self.engine, device=device, dtype=dtype, seed=seed)
+            attach(speculative, self.engine, self.tokenizer, device=device, dtype=dtype, seed=seed)
         self._live: dict[str, Live] = {}
 
     def generate(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,14 +26,19 @@ class Case:
 
     proposer: str
     text: str
+    adaptive: bool
     row: SpecRow
 
     @property
+    def group(self) -> str:
+        return f"{self.proposer}{', adaptive,' if self.adaptive else ''} on {self.text} text"
+
+    @property
     def name(self) -> str:
-        return f"{self.proposer} on {self.text} text, γ={self.row.num_drafts}, batch {self.row.batch}"
+        return f"{self.group}, γ={self.row.num_drafts}, batch {self.row.batch}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"proposer": self.proposer, "text": self.text, **self.row.to_json()}
+        return {"proposer": self.proposer, "text": self.text, "adaptive": self.adaptive, **self.row.to_json()}
 
 
 def spec(
@@ -44,7 +51,7 @@ def spec(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens of each sequence.")] = 96,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    adaptive: Annotated[bool, typer.Option(help="Guess fewer where guesses were wrong; γ is then the limit.")] = False,
+    adaptive: Annotated[bool, typer.Option(help="Also guess fewer where guesses were wrong; γ is the limit.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which every γ takes a turn.")] = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -65,36 +72,20 @@ def spec(
     if tokenizer is None:
         raise ConfigError(f"{model!r} has random weights: what it accepts says nothing. Choose a trained model.")
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
+    serve = partial(bench_spec, num_drafts=counts, max_tokens=tokens, temperature=temperature, repeats=repeats)
     cases: list[Case] = []
     with err.status("Preparing …") as status:
-        for proposer in _names(proposers):
-            config = EngineConfig(max_num_seqs=max(sizes), adaptive_drafts=adaptive, seed=seed)
+        for name, rule in product(_names(proposers), (False, True) if adaptive else (False,)):
+            config = EngineConfig(max_num_seqs=max(sizes), adaptive_drafts=rule, seed=seed)
             engine = Engine(subject.model, config)
-            attach(proposer, engine, device=device, dtype=dtype, seed=seed)
-            for text in _names(texts):
+            attach(name, engine, tokenizer, device=device, dtype=dtype, seed=seed)
+            for text, batch in product(_names(texts), sizes):
+                status.update(f"{name} on {text} text, batch {batch} …")
                 beginnings = bench_prompts(tokenizer, text, max(prompts, *sizes), prompt)
-                for batch in sizes:
-                    status.update(f"{proposer} on {text} text, batch {batch} …")
-                    rows = bench_spec(
-                        engine,
-                        beginnings,
-                        batch=batch,
-                        num_drafts=counts,
-                        max_tokens=tokens,
-                        temperature=temperature,
-                        repeats=repeats,
-                    )
-                    cases += [Case(proposer, text, row) for row in rows]
+                cases += [Case(name, text, rule, row) for row in serve(engine, beginnings, batch=batch)]
     subject.print_title()
     _print(cases, subject, counts, repeats)
-    setting = {
-        "prompts": prompts,
-        "prompt": prompt,
-        "tokens": tokens,
-        "temperature": temperature,
-        "adaptive": adaptive,
-        "seed": seed,
-    }
+    setting = {"prompts": prompts, "prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}
     subject.write(json_file, "spec", setting, {"rows": [case.to_json() for case in cases]})
 
 
@@ -103,8 +94,8 @@ def _names(text: str) -> list[str]:
 
 
 def _print(cases: Sequence[Case], subject: Subject, counts: Sequence[int], repeats: int) -> None:
-    for group in dict.fromkeys((case.proposer, case.text) for case in cases):
-        out.print(_table(f"{group[0]} on {group[1]} text", [c.row for c in cases if (c.proposer, c.text) == group]))
+    for group in dict.fromkeys(case.group for case in cases):
+        out.print(_table(group, [case.row for case in cases if case.group == group]))
     out.print(
         f"Medians (quartiles) of {repeats} rounds, pair by pair. formula: E / (γc + 1), E = (1 - α^(γ+1)) / (1 - α). "
         "served: the same with a verification at v and guesses for s of the steps. len: tokens per verification. "
@@ -140,7 +131,7 @@ def _table(title: str, rows: Sequence[SpecRow]) -> Table:
             f"{row.formula:.2f}",
             f"{row.formula_as_served:.2f}",
             f"{row.stats.mean_acceptance_length:.2f}",
-            f"{row.acceptance:.2f}",
+            f"{row.stats.acceptance:.2f}",
             f"{rates[0]}…{rates[-1]}",
             *(f"{value:.2f}" for value in facts),
         )

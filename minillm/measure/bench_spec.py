@@ -16,7 +16,7 @@ Prompts come from text that the models were not trained on. Its own kind of text
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from statistics import median
@@ -57,17 +57,9 @@ class SpecRow:
         return pair_ratio(self.plain, self.speculative)
 
     @property
-    def acceptance(self) -> float:
-        """α: accepted guesses among those that were looked at; what stands behind a rejected one was not."""
-        accepted = self.stats.num_accepted_tokens
-        complete = self.stats.num_accepted_tokens_per_pos[-1] if self.stats.num_drafts else 0
-        rejected = self.stats.num_drafts - complete
-        return accepted / max(1, accepted + rejected)
-
-    @property
     def formula(self) -> float:
         """Predicted speed-up where checking is free: E(α, γ) / (γ · c + 1)."""
-        return speculative_speedup(self.acceptance, self.num_drafts, self.draft_cost)
+        return speculative_speedup(self.stats.acceptance, self.num_drafts, self.draft_cost)
 
     @property
     def formula_as_served(self) -> float:
@@ -75,7 +67,7 @@ class SpecRow:
 
         (1 + s · (E - 1)) / (1 + s · (γ · c + v - 1)), which is E / (γ · c + v) for s = 1.
         """
-        gain = expected_tokens(self.acceptance, self.num_drafts) - 1
+        gain = expected_tokens(self.stats.acceptance, self.num_drafts) - 1
         cost = self.num_drafts * self.draft_cost + self.verify_cost - 1
         return (1 + self.coverage * gain) / (1 + self.coverage * cost)
 
@@ -86,8 +78,10 @@ class SpecRow:
             "speedup": self.speedup._asdict(),
             "formula": self.formula,
             "formula_as_served": self.formula_as_served,
-            "acceptance": self.acceptance,
-            "expected_tokens": expected_tokens(self.acceptance, self.num_drafts),
+            **asdict(self.stats),
+            "acceptance": self.stats.acceptance,
+            "expected_tokens": expected_tokens(self.stats.acceptance, self.num_drafts),
+            "draft_acceptance_rate": self.stats.draft_acceptance_rate,
             "mean_acceptance_length": self.stats.mean_acceptance_length,
             "acceptance_rate_per_pos": self.stats.acceptance_rate_per_pos,
             "coverage": self.coverage,

@@ -46,6 +46,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size())
 
     @property
+    def vocabulary(self) -> dict[int, str]:
+        """Every token as the vocabulary itself spells it, special ones included."""
+        return {index: token for token, index in self._backend.get_vocab(with_added_tokens=True).items()}
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat is not None
 

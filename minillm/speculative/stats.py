@@ -16,6 +16,7 @@ class SpecDecodingStats:
     num_draft_tokens: int
     num_accepted_tokens: int
     num_accepted_tokens_per_pos: tuple[int, ...]  # how often the first, the second, … draft token was accepted
+    num_complete_drafts: int  # drafts of which every token was accepted, however long they were
 
     @classmethod
     def of(cls, records: Iterable[StepRecord]) -> SpecDecodingStats:
@@ -29,12 +30,22 @@ class SpecDecodingStats:
             num_accepted_tokens_per_pos=tuple(
                 sum(part.num_accepted > place for part in parts) for place in range(longest)
             ),
+            num_complete_drafts=sum(part.num_accepted == part.num_drafts for part in parts),
         )
 
     @property
     def mean_acceptance_length(self) -> float:
         """Tokens that a verify brings: the accepted ones and the one that always comes. 1 if nothing was guessed."""
         return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
+
+    @property
+    def acceptance(self) -> float:
+        """α of the formulas: accepted tokens among those that were looked at; none is behind a rejected one.
+
+        vLLM has no name for it: its `draft_acceptance_rate` counts all that were guessed.
+        """
+        num_rejected = self.num_drafts - self.num_complete_drafts
+        return self.num_accepted_tokens / max(1, self.num_accepted_tokens + num_rejected)
 
     @property
     def draft_acceptance_rate(self) -> float:

@@ -26,7 +26,7 @@ def row(**changes: object) -> SpecRow:
         "batch": 1,
         "plain": Timing((2.0, 4.0, 6.0)),
         "speculative": Timing((1.0, 1.0, 4.0)),
-        "stats": SpecDecodingStats(100, 400, 200, (80, 60, 40, 20)),
+        "stats": SpecDecodingStats(100, 400, 200, (80, 60, 40, 20), 20),
         "draft_cost": 0.1,
         "verify_cost": 1.5,
         "coverage": 1.0,
@@ -37,7 +37,7 @@ def row(**changes: object) -> SpecRow:
 def test_the_formula_against_numbers_by_hand() -> None:
     one = row()
     alpha = 200 / 280
-    assert one.acceptance == pytest.approx(alpha)
+    assert one.stats.acceptance == pytest.approx(alpha)
     assert one.formula == pytest.approx((1 - alpha**5) / (1 - alpha) / 1.4)
     assert one.formula_as_served == pytest.approx((1 - alpha**5) / (1 - alpha) / 1.9)
     assert one.speedup.median == 2.0, "the median of the ratios of each round: 2, 4, 1.5"
@@ -56,7 +56,7 @@ def test_a_target_that_drafts_for_itself_accepts_everything() -> None:
     rows = bench_spec(engine, PROMPTS, batch=2, num_drafts=[1, 3], max_tokens=13, repeats=2)
     assert [(one.num_drafts, one.batch, len(one.plain.times)) for one in rows] == [(1, 2, 2), (3, 2, 2)]
     for one in rows:
-        assert one.acceptance == 1 and one.coverage == 1
+        assert one.stats.acceptance == 1 and one.coverage == 1
         assert one.stats.mean_acceptance_length == 1 + one.num_drafts, "12 tokens behind the first divide evenly"
         assert one.draft_cost > 0 and one.verify_cost > 0
         assert one.to_json()["acceptance_rate_per_pos"] == (1.0,) * one.num_drafts

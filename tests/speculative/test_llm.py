@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from minillm import LLM, SamplingParams
 from minillm.errors import ConfigError
 from minillm.model.loader import save_checkpoint
+from minillm.model.tokenizer import Tokenizer
 from minillm.outputs import RequestOutput
 from minillm.speculative import SpecDecodingStats
 from tests.model.test_loader import unpacked
@@ -31,11 +34,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def bytes_as_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minillm.llm.load_tokenizer", lambda name: byte_tokenizer())
+    for caller in ("llm", "speculative"):
+        monkeypatch.setattr(f"minillm.{caller}.load_tokenizer", lambda name: byte_tokenizer())
 
 
-def make(root: Path, speculative: str | None) -> LLM:
-    return LLM(root / "target", device="cpu", dtype="float32", num_blocks=60, debug=True, speculative=speculative)
+def make(root: Path, speculative: str | None, **settings: bool | int) -> LLM:
+    common = dict(device="cpu", dtype="float32", num_blocks=60, debug=True, speculative=speculative)
+    return LLM(root / "target", **(common | settings))  # type: ignore[arg-type]
 
 
 def texts(outputs: list[RequestOutput]) -> list[tuple[str, list[int], str | None, int | str | None]]:
@@ -78,3 +83,48 @@ def test_statistics_have_vllms_names_and_meanings(root: Path) -> None:
 def test_a_draft_model_with_other_tokens_is_refused(root: Path) -> None:
     with pytest.raises(ConfigError, match="has 99 tokens in its vocabulary, the model it is to guess for has 256"):
         make(root, str(root / "foreign"))
+
+
+def spelled(*swapped: tuple[str, str], extra: str = "") -> Tokenizer:
+    """`byte_tokenizer` with letters that have changed places, and maybe a special token behind them."""
+    letters = {index: letter for letter, index in byte_tokenizer()._backend.get_vocab().items()}
+    numbers = {letter: index for index, letter in letters.items()}
+    for one, other in swapped:
+        numbers[one], numbers[other] = numbers[other], numbers[one]
+    backend = Backend(models.BPE(vocab=numbers, merges=[]))
+    if extra:
+        backend.add_special_tokens([extra])
+    return Tokenizer(backend)
+
+
+def test_a_vocabulary_of_the_right_size_with_other_tokens_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minillm.speculative.load_tokenizer", lambda name: spelled(("a", "q"), ("b", "7")))
+    with pytest.raises(ConfigError, match=r"Token 22 is 'b' to the draft model .*/draft' and '7' .*; 4 of 256 tokens"):
+        make(root, str(root / "draft"))
+    make(root, "ngram")
+
+
+def test_tokens_that_only_one_of_two_models_has_do_no_harm(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.speculative.load_tokenizer", lambda name: spelled(extra="<tool>"))
+    assert make(root, str(root / "draft")).engine.proposer is not None
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_how_far_to_guess_is_a_setting(root: Path, adaptive: bool) -> None:
+    """With a proposer that is mostly wrong: guesses shrink, or stay as long as they may be."""
+    llm = make(root, str(root / "draft"), adaptive_drafts=adaptive, num_speculative_tokens=6)
+    llm.generate(PROMPTS, GREEDY, progress=False)
+    guessed = [part.num_drafts for record in llm.engine.trace for part in record.sequences if part.num_drafts]
+    assert guessed.count(6) > len(guessed) / 2 if not adaptive else guessed.count(1) > len(guessed) / 2
+
+
+def test_acceptance_is_counted_right_when_drafts_have_many_lengths(root: Path) -> None:
+    """α against a count by hand: a draft that was accepted whole met no rejection, however short it was."""
+    llm = make(root, str(root / "draft"), num_speculative_tokens=5)
+    llm.generate(PROMPTS, GREEDY, progress=False)
+    parts = [part for record in llm.engine.trace for part in record.sequences if part.num_drafts]
+    assert len({part.num_drafts for part in parts}) > 1
+    looked_at = sum(min(part.num_accepted + 1, part.num_drafts) for part in parts)
+    assert SpecDecodingStats.of(llm.engine.trace).acceptance == sum(part.num_accepted for part in parts) / looked_at
