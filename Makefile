@@ -1,12 +1,13 @@
 # What one types often. Every target does the same as the command behind it; none is needed.
 PYTHON ?= python
 
-.PHONY: help install test lint demo bench
+.PHONY: help install test lint notebooks demo bench
 
 help:
 	@echo "make install   this project, editable, with everything for the course and the tests"
 	@echo "make test      all tests"
 	@echo "make lint      ruff and mypy"
+	@echo "make notebooks the lessons, executed again, from notebooks/src/ (minutes)"
 	@echo "make demo      watch the embedded model write"
 	@echo "make bench     latency against transformers, into benchmarks/results/ (ten minutes on two cores)"
 
@@ -20,6 +21,9 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+notebooks:
+	$(PYTHON) notebooks/build.py
 
 demo:
 	$(PYTHON) -m minillm demo
