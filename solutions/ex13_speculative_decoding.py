@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def draw(probs: Tensor, u: float) -> int:
+    """The token that a random number 0 <= u < 1 falls on: exercise 04's `sample`. Given."""
+    sums = probs.double().cumsum(dim=0)
+    return int(torch.searchsorted(sums, u * sums[-1], right=True))
+
+
 def propose_ngram(tokens: list[int], count: int, min_match: int = 2, max_match: int = 8) -> list[int]:
     """Guess `count` tokens by looking back: what followed when the text last stood like this?
 
@@ -96,8 +102,7 @@ def rejection_sample(drafts: list[int], p: Tensor, q: Tensor, accept_u: list[flo
     p `[k + 1, vocab]`: the model's distributions in the place of each of the k drafts, and behind the last. q
     `[k, vocab]`: what the drafts were drawn from. Draft i is accepted if `accept_u[i]` is below its acceptance
     probability. The first that is not is replaced by a token from the residual there, and the rest are void; if all are
-    accepted, a bonus token comes from the last row of p. `draw_u` draws that one token: the first at which the running
-    sum of the probabilities exceeds it. All random numbers are in [0, 1).
+    accepted, a bonus token comes from the last row of p. `draw(…, draw_u)` draws that one token.
 
     >>> p = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     >>> q = torch.tensor([[0.5, 0.5]])
@@ -105,13 +110,8 @@ def rejection_sample(drafts: list[int], p: Tensor, q: Tensor, accept_u: list[flo
     ([0, 1], [1])
     """
     # BEGIN SOLUTION
-    accepted = 0
-    while accepted < len(drafts) and accept_u[accepted] < acceptance_probability(
-        p[accepted], q[accepted], drafts[accepted]
-    ):
-        accepted += 1
-    last = p[accepted] if accepted == len(drafts) else residual(p[accepted], q[accepted])
-    sums = last.double().cumsum(dim=0)
-    token = int(torch.searchsorted(sums, draw_u * sums[-1], right=True))
-    return [*drafts[:accepted], token]
+    for place, token in enumerate(drafts):
+        if accept_u[place] >= acceptance_probability(p[place], q[place], token):
+            return [*drafts[:place], draw(residual(p[place], q[place]), draw_u)]
+    return [*drafts, draw(p[-1], draw_u)]
     # END SOLUTION
