@@ -10,6 +10,7 @@ Figures are made without pyplot: no global state, no window, safe in threads. De
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -112,6 +113,19 @@ def plain_log(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 4 else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
+
+
+def apart(axes: Axes, levels: Sequence[float], size: float = SMALL) -> list[float]:
+    """Heights (0 to 1) for words beside these levels of the y axis, moved up where two would meet."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    step = (size + 4) / (72 * figure.get_figheight() * axes.get_position().height)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [float(to_axes.transform((axes.get_xlim()[1], level))[1]) for level in levels]
+    taken = -1.0
+    for index in sorted(range(len(levels)), key=heights.__getitem__):
+        taken = heights[index] = max(heights[index], taken + step)
+    return heights
 
 
 def points_per_unit(axes: Axes) -> float:

@@ -225,17 +225,5 @@ def _draw_levels(axes: Axes, levels: Sequence[tuple[str, float, str]], points: f
     names = [("tiles", points, style.PREFILL_INK)] + [
         (f"{n}, {quantity(b, 'B')}", b, style.QUIET) for n, b, _ in levels
     ]
-    for (name, _, color), y in zip(names, _apart(axes, [level for _, level, _ in names]), strict=True):
+    for (name, _, color), y in zip(names, style.apart(axes, [level for _, level, _ in names]), strict=True):
         axes.text(1.03, y, name, transform=axes.transAxes, va="center", color=color, size=style.SMALL)
-
-
-def _apart(axes: Axes, levels: Sequence[float]) -> list[float]:
-    """Heights (0 to 1) of words beside these levels, moved up where two would meet."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    step = (style.SMALL + 4) / (72 * figure.get_figheight() * axes.get_position().height)
-    heights = [float(axes.transAxes.inverted().transform(axes.transData.transform((1, level)))[1]) for level in levels]
-    taken = -1.0
-    for index in sorted(range(len(levels)), key=heights.__getitem__):
-        taken = heights[index] = max(heights[index], taken + step)
-    return heights
