@@ -14,7 +14,7 @@ Lesson: 07_gpu_kernels · 75 minutes · difficulty ●●●●○
 """
 
 # ruff: noqa: E741
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,arg-type,var-annotated"
 from __future__ import annotations
 
 import torch

@@ -47,8 +47,9 @@ def continuous_schedule(lengths: list[int], arrivals: list[int], num_slots: int)
     [[0], [], [1]]
     """
     # BEGIN SOLUTION
-    waiting, running, steps = deque(range(len(lengths))), [], []
-    left = list(lengths)
+    waiting, left = deque(range(len(lengths))), list(lengths)
+    running: list[int] = []
+    steps: list[list[int]] = []
     while waiting or running:
         while waiting and len(running) < num_slots and arrivals[waiting[0]] <= len(steps):
             running.append(waiting.popleft())
