@@ -13,6 +13,8 @@ from typing import Any
 from minillm.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+BLOCK_SIZE = 16  # tokens per block of KV cache, if nobody says how many
+MIN_BLOCK_SIZES = {"int4": 32}  # where a block's keys share ranges, few of them would have to pay for these
 POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
 
 
@@ -214,8 +216,10 @@ def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
 class EngineConfig:
     """How an engine serves: sizes, scheduling policy, and a switch for each optimisation.
 
-    block_size: tokens per block of KV cache. num_blocks: blocks of the cache, the dummy block included; None takes
-    `cache_bytes` instead, and None there lets the engine choose (see `minillm.cache.paged.choose_num_blocks`).
+    kv_format: how keys and values are stored: "auto" in the model's dtype, or "fp8", "int8", "int4" (see
+    `minillm.cache.formats`). block_size: tokens per block of KV cache; None takes what suits the format. num_blocks:
+    blocks of the cache, the dummy block included; None takes `cache_bytes` instead, and None there lets the engine
+    choose (see `minillm.cache.paged.choose_num_blocks`).
     max_num_seqs: sequences that run at the same time. max_num_batched_tokens: tokens per step, the budget that keeps a
     long prompt from stalling the others. policy: see `minillm.engine.scheduler`. enable_prefix_caching: reuse the KV of
     common beginnings. attention: a backend of `minillm.attention`. cuda_graphs: replay decode steps from CUDA graphs;
@@ -226,7 +230,8 @@ class EngineConfig:
     Raises ConfigError for values that cannot work.
     """
 
-    block_size: int = 16
+    kv_format: str = "auto"
+    block_size: int | None = None
     num_blocks: int | None = None
     cache_bytes: int | None = None
     max_num_seqs: int = 64
@@ -242,8 +247,15 @@ class EngineConfig:
     debug: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("block_size", self.kv_block_size, 1)
+        if self.kv_block_size < MIN_BLOCK_SIZES.get(self.kv_format, 1):
+            raise ConfigError(
+                f"block_size={self.block_size} is too small for kv_format={self.kv_format!r}: a block's keys share a "
+                "range per channel, and ranges would take up what codes save. Use "
+                f"{MIN_BLOCK_SIZES[self.kv_format]} or more, or leave it out."
+            )
         _at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
         _at_least("trace_steps", self.trace_steps, 0)
         if self.num_blocks is not None:
@@ -252,6 +264,11 @@ class EngineConfig:
             _at_least("cache_bytes", self.cache_bytes, 1)
         if self.policy not in POLICIES:
             raise ConfigError(f"policy={self.policy!r} is unknown. Choose one of {', '.join(map(repr, POLICIES))}.")
+
+    @property
+    def kv_block_size(self) -> int:
+        """Tokens per block: as many as were asked for, else what suits the format."""
+        return max(BLOCK_SIZE, MIN_BLOCK_SIZES.get(self.kv_format, 1)) if self.block_size is None else self.block_size
 
 
 def _at_least(name: str, value: int, minimum: int) -> None:

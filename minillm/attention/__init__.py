@@ -18,6 +18,7 @@ from minillm.attention.contiguous import attention
 from minillm.attention.layout import PagedLayout
 from minillm.attention.naive import naive_attention
 from minillm.attention.paged import attend_spans, paged_attention
+from minillm.attention.quantized import quantized_attention
 from minillm.attention.sdpa import sdpa_attention
 from minillm.attention.tiled import tiled_attention
 from minillm.errors import ConfigError
@@ -53,6 +54,14 @@ def get_backend(name: str, device: torch.device | str) -> PagedAttention:
         return paged_attention if kind == "cpu" else attend_spans
     kernels = {"naive": naive_attention, "tiled": _tiled_output, "sdpa": sdpa_attention}
     return partial(attend_spans, kernel=kernels[name])
+
+
+def get_quantized_backend(name: str, device: torch.device | str) -> PagedAttention:
+    """The same for keys and values that are quantised; see `quantized.quantized_attention` for its arguments."""
+    get_backend(name, device)  # which refuses what there is not at all
+    if name not in ("auto", "tiled"):
+        raise ConfigError(f"attention={name!r} cannot read a quantised KV cache. Choose attention='auto' or 'tiled'.")
+    return quantized_attention
 
 
 def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout) -> None:

@@ -59,7 +59,7 @@ def tiled_attention(
     kv_heads, kv_len, _ = k.shape
     offset = kv_len - q_len  # position of query 0
     out, lse = torch.empty_like(q), q.new_empty(q_len, heads, dtype=accumulator_dtype(q.dtype))
-    softmax = _OnlineSoftmax(q, kv_heads, min(q_tile, q_len), min(kv_tile, kv_len))
+    softmax = OnlineSoftmax(q, kv_heads, min(q_tile, q_len), min(kv_tile, kv_len))
     for start in range(0, q_len, q_tile):
         queries = range(start, min(start + q_tile, q_len))
         softmax.begin(q[queries.start : queries.stop], scale)
@@ -85,7 +85,7 @@ def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return (outs * weights[..., None]).sum(0), largest + total.log()
 
 
-class _OnlineSoftmax:
+class OnlineSoftmax:
     """Running maximum m, sum l and output of one tile of queries; all heads at once, one matrix per key/value head.
 
     Scores are in units of log 2. The buffers serve all tiles of a call: memory fresh from the system costs more time

@@ -137,6 +137,16 @@ class Format:
     keys: Codec
     values: Codec
 
+    @property
+    def needs_tails(self) -> bool:
+        """Whether keys must be kept until their block is complete."""
+        return self.keys.by_block
+
+    def block_bytes(self, kv_heads: int, block_size: int, d: int) -> int:
+        """Bytes of the codes and ranges of one block in one layer."""
+        block = torch.zeros(kv_heads, block_size, d, device="meta")
+        return sum(part.nbytes for codec in (self.keys, self.values) for part in codec.encode(block))
+
 
 FORMATS: Mapping[str, Format] = {
     "fp8": Format("fp8", *[PerToken8(torch.float8_e4m3fn, 448.0)] * 2),
@@ -164,19 +174,19 @@ class QuantizedPool:
     def write(self, x: Tensor, slots: Tensor) -> None:
         """Encode tokens `[num_tokens, kv_heads, d]` into their slots. Not for codecs that go by block."""
         for pool, part in zip(self.tensors, self.codec.encode(x.transpose(0, 1)), strict=True):
-            _bits(pool).flatten(1, 2).index_copy_(1, slots, _bits(part))
+            as_bytes(pool).flatten(1, 2).index_copy_(1, slots, as_bytes(part))
 
     def write_blocks(self, x: Tensor, blocks: Tensor) -> None:
         """Encode whole blocks `[kv_heads, n, block_size, d]`."""
         for pool, part in zip(self.tensors, self.codec.encode(x), strict=True):
-            _bits(pool).index_copy_(1, blocks, _bits(part))
+            as_bytes(pool).index_copy_(1, blocks, as_bytes(part))
 
     def read(self, blocks: Tensor) -> Tensor:
-        """Decode these blocks, side by side: `[kv_heads, n · block_size, d]` in float32."""
-        parts = (_bits(pool).index_select(1, blocks).view(pool.dtype) for pool in self.tensors)
-        return self.codec.decode(*parts).flatten(1, 2)
+        """Decode these blocks `[n]`: `[kv_heads, n, block_size, d]` in float32."""
+        parts = (as_bytes(pool).index_select(1, blocks.to(pool.device)).view(pool.dtype) for pool in self.tensors)
+        return self.codec.decode(*parts)
 
 
-def _bits(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
     """Codes as plain bytes: many operators do not know float8."""
     return x.view(torch.uint8) if x.dtype.itemsize == 1 else x

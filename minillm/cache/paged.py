@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from minillm.attention import PagedAttention, PagedLayout, write_kv
+from minillm.cache.formats import Format, get_format
+from minillm.cache.tails import TailPool
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError
 from minillm.model.decoder import Attend
@@ -20,11 +22,47 @@ CPU_CACHE_BYTES = 2**30  # what a cache takes at most on a CPU if nobody says ho
 CUDA_FREE_SHARE = 0.9  # of the memory that is free once the model is loaded; the rest is for activations
 
 
-class PagedCache:
+class BlockTensors:
+    """What every paged cache is made of: tensors `[num_kv_heads, num_blocks, ...]`, copied and counted by the block.
+
+    Block 0 is the dummy block that padding is written to.
+    """
+
+    tails: TailPool | None = None  # exact keys of unfinished blocks, for formats that need them
+
+    def __init__(self, config: ModelConfig, tensors: list[Tensor], *, num_blocks: int, block_size: int) -> None:
+        self.config = config
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._tensors = tensors
+
+    @property
+    def num_bytes(self) -> int:
+        """What the pools really occupy."""
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token occupies in all layers."""
+        return sum(tensor.nbytes for tensor in self._tensors) // (self.num_blocks * self.block_size)
+
+    def bytes_read(self, q_len: int, kv_len: int) -> int:
+        """Least KV traffic of a sequence's queries in one step: every key and value that one of them sees, once."""
+        window = self.config.sliding_window
+        return self.bytes_per_token * (kv_len if window is None else min(kv_len, window + q_len - 1))
+
+    def copy(self, copies: list[tuple[int, int]]) -> None:
+        """Copy whole blocks, (source, target), in all layers. All sources are read before any target is written."""
+        if not copies:
+            return
+        sources, targets = torch.tensor(copies, device=self._tensors[0].device).unbind(1)
+        for tensor in self._tensors:
+            tensor.index_copy_(1, targets, tensor.index_select(1, sources))
+
+
+class PagedCache(BlockTensors):
     """Keys and values of many sequences, `num_blocks` blocks of `block_size` tokens for each layer.
 
-    Block 0 is the dummy block that padding is written to. `attention` reads through the block tables; writing comes
-    first, so a token sees itself.
+    `attention` reads through the block tables; writing comes first, so a token sees itself.
     """
 
     def __init__(
@@ -37,27 +75,11 @@ class PagedCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.config = config
         self.attention = attention
-        self.num_blocks, self.block_size = num_blocks, block_size
         shape = (config.num_kv_heads, num_blocks, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-
-    @property
-    def num_bytes(self) -> int:
-        """What the pools really occupy."""
-        return sum(pool.nbytes for pool in self.keys + self.values)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """What one token occupies in all layers."""
-        return self.num_bytes // (self.num_blocks * self.block_size)
-
-    def bytes_read(self, q_len: int, kv_len: int) -> int:
-        """Least KV traffic of a sequence's queries in one step: every key and value that one of them sees, once."""
-        window = self.config.sliding_window
-        return self.bytes_per_token * (kv_len if window is None else min(kv_len, window + q_len - 1))
+        super().__init__(config, self.keys + self.values, num_blocks=num_blocks, block_size=block_size)
 
     def attend(self, layout: PagedLayout) -> Attend:
         """The decoder's `attend` for one step whose sequences lie as `layout` says."""
@@ -69,19 +91,29 @@ class PagedCache:
         scale, window = self.config.head_dim**-0.5, self.config.sliding_window
         return self.attention(q, keys, values, layout, scale=scale, sliding_window=window)
 
-    def copy(self, copies: list[tuple[int, int]]) -> None:
-        """Copy whole blocks, (source, target), in all layers. All sources are read before any target is written."""
-        if not copies:
-            return
-        sources, targets = torch.tensor(copies, device=self.keys[0].device).unbind(1)
-        for pool in self.keys + self.values:
-            pool.index_copy_(1, targets, pool.index_select(1, sources))
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, kv_format: Format | None = None) -> int:
+    """Bytes of one block in all layers, ranges included.
+
+    Unquantised 2 (K and V) x layers x KV heads x head_dim x block_size x element size.
+    """
+    if kv_format is not None:
+        return config.num_layers * kv_format.block_bytes(config.num_kv_heads, block_size, config.head_dim)
+    return 2 * tail_bytes(config, block_size, dtype)
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers: 2 (K and V) x layers x KV heads x head_dim x block_size x element size."""
-    elements = 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size
-    return elements * dtype.itemsize
+def tail_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a block's keys in all layers, in the model's dtype: of one tail."""
+    return config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
+
+
+def choose_num_tails(engine: EngineConfig) -> int:
+    """As many tails as there can be blocks in use that are not complete, or become so in a step.
+
+    One for each sequence that rests, and one for the dummy block. A sequence that computes q tokens writes at most to
+    2 + (q - 2) / block_size blocks; all of them compute `max_num_batched_tokens` at most.
+    """
+    return 1 + 2 * engine.max_num_seqs + engine.max_num_batched_tokens // engine.kv_block_size
 
 
 def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> int:
@@ -93,15 +125,20 @@ def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.d
     """
     if engine.num_blocks is not None:
         return engine.num_blocks
-    budget = engine.cache_bytes or _free_bytes(device)
-    per_block = block_bytes(config, engine.block_size, dtype)
-    num_blocks = budget // per_block
+    budget, block_size = engine.cache_bytes or _free_bytes(device), engine.kv_block_size
+    kv_format = get_format(engine.kv_format)
+    per_block = block_bytes(config, block_size, dtype, kv_format)
+    per_tail = tail_bytes(config, block_size, dtype) if kv_format and kv_format.needs_tails else 0
+    num_blocks = budget // (per_block + per_tail)  # if each block has a tail; blocks beyond `num_tails` have none
+    num_tails = choose_num_tails(engine)
+    if num_blocks > num_tails:
+        num_blocks = (budget - num_tails * per_tail) // per_block
     if num_blocks < 2:
         raise ConfigError(
-            f"{budget:,} bytes hold {num_blocks} blocks of {per_block:,} bytes; at least 2 are needed. Raise "
-            "cache_bytes, make block_size smaller, or free memory on the device."
+            f"{budget:,} bytes hold {num_blocks} blocks of {per_block + per_tail:,} bytes; at least 2 are needed. "
+            "Raise cache_bytes, make block_size smaller, or free memory on the device."
         )
-    longest = -(-config.max_position_embeddings // engine.block_size)
+    longest = -(-config.max_position_embeddings // block_size)
     return min(num_blocks, 1 + engine.max_num_seqs * longest)
 
 

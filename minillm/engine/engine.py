@@ -63,9 +63,10 @@ class Engine:
         self.runner = ModelRunner(model, self.config)
         self.pool = BlockPool(
             self.runner.cache.num_blocks,
-            self.config.block_size,
-            identity=(model.config, model.dtype),
+            self.runner.cache.block_size,
+            identity=(model.config, model.dtype, self.config.kv_format),
             enable_prefix_caching=self.config.enable_prefix_caching,
+            stride=self.runner.cache.block_size if self.runner.cache.tails else 1,
         )
         self.scheduler = Scheduler(self.config, self.pool, model.config.eos_token_ids)
         self.trace = Trace(maxlen=self.config.trace_steps)
@@ -152,6 +153,8 @@ class Engine:
         if not self.has_unfinished:
             return []
         clock = [time.perf_counter()]
+        if tails := self.runner.cache.tails:
+            tails.keep(self.scheduler.open_blocks())
         plan = self.scheduler.schedule()
         clock.append(time.perf_counter())
         try:

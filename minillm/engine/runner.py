@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from minillm.attention import get_backend
-from minillm.cache.paged import PagedCache, choose_num_blocks
+from minillm.attention import get_backend, get_quantized_backend
+from minillm.cache.formats import get_format
+from minillm.cache.paged import PagedCache, choose_num_blocks, choose_num_tails
+from minillm.cache.quantized import QuantizedCache
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
 from minillm.engine.graphs import DecodeGraphs
@@ -32,16 +34,10 @@ class ModelRunner:
 
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         self.model = model
-        self.cache = PagedCache(
-            model.config,
-            get_backend(config.attention, model.device),
-            num_blocks=choose_num_blocks(model.config, config, model.device, model.dtype),
-            block_size=config.block_size,
-            device=model.device,
-            dtype=model.dtype,
-        )
+        self.cache = open_cache(model, config)
         replays = config.cuda_graphs and model.device.type == "cuda"
-        self.graphs = DecodeGraphs(model, self.cache) if replays else None
+        # Quantised blocks are not replayed: their twin and their tails follow block tables on the host.
+        self.graphs = DecodeGraphs(model, self.cache) if replays and isinstance(self.cache, PagedCache) else None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Drawn:
@@ -72,6 +68,25 @@ class ModelRunner:
         if sequence.generator is None:
             sequence.generator = sequence.params.generator(sequence.index, sequence.seed, self.model.device)
         return sequence.generator
+
+
+def open_cache(model: Decoder, config: EngineConfig) -> PagedCache | QuantizedCache:
+    """An empty cache in the format that the configuration names, with the backend that reads it."""
+    num_blocks = choose_num_blocks(model.config, config, model.device, model.dtype)
+    sizes = {"num_blocks": num_blocks, "block_size": config.kv_block_size}
+    kv_format = get_format(config.kv_format)
+    if kv_format is None:
+        backend = get_backend(config.attention, model.device)
+        return PagedCache(model.config, backend, **sizes, device=model.device, dtype=model.dtype)
+    return QuantizedCache(
+        model.config,
+        get_quantized_backend(config.attention, model.device),
+        kv_format,
+        **sizes,
+        num_tails=choose_num_tails(config),
+        device=model.device,
+        dtype=model.dtype,
+    )
 
 
 def distributions(logits: Tensor, batch: Batch) -> Tensor:

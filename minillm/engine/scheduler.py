@@ -251,6 +251,13 @@ class Scheduler:
             self.running.remove(sequence)
         self.pool.release(sequence.table)
 
+    def open_blocks(self) -> Iterator[int]:
+        """The blocks that running sequences have begun and not filled. To be asked between two steps."""
+        for sequence in self.running:
+            index, offset = divmod(sequence.num_computed, self.pool.block_size)
+            if offset:
+                yield sequence.table.blocks[index]
+
     def __iter__(self) -> Iterator[Sequence]:
         """All unfinished sequences, oldest first."""
         yield from self.running

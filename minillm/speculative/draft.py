@@ -31,15 +31,16 @@ class DraftModelProposer:
     """Drafts written by a model with the target's vocabulary, for all sequences side by side.
 
     Its draws are made from the same processing of its logits as the target's, out of random streams of their own: a
-    draft that came from the stream that judges it would be judged with a bias. `config` is the target engine's.
+    draft that came from the stream that judges it would be judged with a bias. `config` is the target engine's. Its KV
+    stays in the model's dtype: it is small, and twins roll back further than quantised blocks allow.
     """
 
     def __init__(self, model: Decoder, config: EngineConfig | None = None) -> None:
-        self.config = config or EngineConfig()
+        self.config = replace(config or EngineConfig(), kv_format="auto")
         self.runner = ModelRunner(model, self.config)
         self.pool = BlockPool(
             self.runner.cache.num_blocks,
-            self.config.block_size,
+            self.runner.cache.block_size,
             identity=(model.config, model.dtype),
             enable_prefix_caching=self.config.enable_prefix_caching,
         )
@@ -89,7 +90,7 @@ class DraftModelProposer:
                 self._schedule(plan, twin, twins)
         if not plan.scheduled:
             return
-        batch = Batch.pack(plan, self.config.block_size, self.runner.model.device)
+        batch = Batch.pack(plan, self.pool.block_size, self.runner.model.device)
         logits = self.runner.logits(batch)
         for twin, part in plan.scheduled.items():
             twin.num_computed += part.num_tokens

@@ -28,7 +28,7 @@ class ScriptedRunner:
 
     def __init__(self, engine: Engine) -> None:
         self.cache = engine.runner.cache
-        self.block_size = engine.config.block_size
+        self.block_size = engine.pool.block_size
         self.slots: dict[int, int] = {}
 
     def run(self, batch: Batch) -> Drawn:
