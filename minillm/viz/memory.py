@@ -43,7 +43,8 @@ def paging_figure(rows: Sequence[Paging]) -> Figure:
         f"one block each: {rows[-1].num_fit}", (rows[-1].block_size, rows[-1].num_fit), (-7, 3),
         textcoords="offset points", ha="right", size=style.SMALL,
     )  # fmt: skip
-    note = f"{len(rows[0].lengths)} lengths, {number(fmean(rows[0].lengths))} tokens on average. Points: allocated. Lines: predicted"
+    lengths = rows[0].lengths
+    note = f"{len(lengths)} lengths, {number(fmean(lengths))} tokens on average. Points: allocated. Lines: predicted"
     figure.text(
         1 - style.MARGIN / style.WIDTH, 1 - 0.42 / figure.get_figheight(), note,
         ha="right", va="top", size=style.SMALL, color=style.QUIET,
