@@ -1,4 +1,4 @@
-"""What a token sees: attention step by step, the heads of a model side by side, one head in full, and the memory.
+"""What a token sees: attention step by step, the heads of a model side by side, and one head in full.
 
 A map `[queries, keys]` is drawn as it is written down: a row per token that looks, a column per token that is looked
 at. Each row sums to 1. What the causal rule hides stays white: a token *cannot* look there, whatever it wants.
@@ -7,9 +7,7 @@ at. Each row sums to 1. What the causal rule hides stays white: a token *cannot*
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
-from math import log
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, NullLocator
 from torch import Tensor
 
 from minillm.errors import ConfigError
@@ -30,9 +27,8 @@ SQRT = PowerNorm(0.5, 0, 1)  # small weights are the rule: their square root can
 CELL, GAP = 0.42, 0.32  # inches: the largest cell of a strip, and the air between two of its panels
 HIDDEN: Any = {"facecolor": "#f2f3f5", "edgecolor": EDGE, "hatch": "////", "linewidth": 0.8}
 ARROWS = ("", "→", "→", "×", "=")  # before each panel of the strip
-ROW = 0.15  # inches per token of a labelled map
-LOOKS = ((style.INK, "o"), (style.PREFILL_INK, "s"), (style.DECODE_INK, "^"))  # of curves
-BESTS = 4  # keys that are listed beside a head
+ROW = 0.145  # inches per token of a labelled map
+BESTS, LIST = 4, 2.5  # keys that are listed beside a head, and inches for the list
 
 
 @style.SHEET
@@ -41,15 +37,15 @@ def attention_strip(
 ) -> Figure:
     """Attention of one head on a few tokens, number by number: score, mask, softmax, values, output.
 
-    scores, mask (True where a query may look) and weights `[n, n]`, values and out `[n, d]`. Made for n of 2 to 6 and
-    small d. Raises ConfigError where shapes do not fit the tokens.
+    scores, mask (True where a query may look) and weights `[n, n]`, values and out `[n, d]`. Made for up to
+    four tokens and two dimensions. Raises ConfigError where shapes do not fit the tokens.
     """
     panels = (scores, scores, weights, values, out)
     if any(len(panel) != len(tokens) for panel in (*panels, mask)):
         raise ConfigError(f"A strip of {len(tokens)} tokens needs {len(tokens)} rows in every tensor.")
     label = (style.text_width("\n".join(tokens)) + 8) / 72
     columns = sum(panel.shape[1] for panel in panels)
-    cell = min(CELL, (style.WIDTH - 2 * style.MARGIN - label - 4 * GAP) / columns)
+    cell = min(CELL, (style.WIDTH - 2 * style.MARGIN - label - 4 * GAP - 0.15) / columns)
     figure = style.new_figure(0.85 + len(tokens) * cell + 0.35)
     style.add_title(figure, "A token scores all it may see, and takes a share of each value")
     left = style.MARGIN + label
@@ -66,7 +62,7 @@ def attention_strip(
 
 
 def _steps() -> tuple[str, ...]:
-    return "1 score\nq·k / √d", "2 mask\nno future", "3 softmax\nrows sum to 1", "values\nv", "output\none row each"
+    return "1 score\nq·k / √d", "2 mask\nno future", "3 softmax\nrows sum to 1", "values\nv", "output\na row each"
 
 
 def _write_cells(axes: Axes, panel: Tensor, hidden: Tensor, *, word: str, shaded: bool) -> None:
@@ -141,7 +137,7 @@ def _frame(axes: Axes, chosen: bool) -> None:
 
 @style.SHEET
 def head_map(weights: Tensor, tokens: Sequence[str], name: str) -> Figure:
-    """One head on one text `[n, n]`, and what the last token looks at most. Up to about forty tokens.
+    """One head on one text `[n, n]`, and what the last token looks at most. Up to about 36 tokens.
 
     Outlined are the places behind an earlier occurrence of the token that looks: a head that copies is bright there.
     """
@@ -160,7 +156,7 @@ def head_map(weights: Tensor, tokens: Sequence[str], name: str) -> Figure:
     axes.tick_params(length=0)
     axes.set_ylabel("this token …", loc="top")
     axes.set_xlabel("… looks at", loc="right")
-    _list_keys(figure, weights[-1], labels, left=left + size + 0.3)
+    _list_keys(figure, weights[-1], labels, left=min(left + size + 0.3, style.WIDTH - style.MARGIN - LIST))
     return figure
 
 
@@ -182,8 +178,7 @@ def _list_keys(figure: Figure, row: Tensor, labels: Sequence[str], *, left: floa
     weights, keys = (x.tolist() for x in row.topk(min(BESTS, len(row))))
     names = [f"{labels[key]}  ({key})" for key in keys]
     room = (style.text_width("\n".join(names)) + 10) / 72
-    width = style.WIDTH - style.MARGIN - left - room
-    axes = style.add_axes(figure, left=left + room, top=1.2, width=width, height=0.26 * len(keys))
+    axes = style.add_axes(figure, left=left + room, top=0.95, width=LIST - room, height=0.22 * len(keys))
     axes.barh(range(len(keys)), weights, 0.7, color=style.DECODE)
     axes.set(xlim=(0, 1), ylim=(len(keys) - 0.5, -0.5))
     style.bare(axes, keep="left bottom")
@@ -193,53 +188,3 @@ def _list_keys(figure: Figure, row: Tensor, labels: Sequence[str], *, left: floa
     axes.set_title("the last token's\nweights (position)", size=style.NORMAL, weight="normal", pad=4)
     note = "white frames: behind an\nearlier token like this one"
     axes.text(1, len(keys) + 1.6, note, ha="right", va="top", size=style.SMALL, color=style.QUIET)
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Memory or traffic of one implementation against the length of the prompt."""
-
-    name: str
-    lengths: Sequence[int]
-    measured: Sequence[float]  # bytes
-    predicted: Sequence[float]  # bytes, of the formula
-
-
-@style.SHEET
-def memory_growth(curves: Sequence[Growth], what: str) -> Figure:
-    """Bytes against prompt length: points counted, a line for the formula. what: the bytes, for the axis.
-
-    Both axes double alike, so that a slope of 2 is a square.
-    """
-    figure = style.new_figure(3.9)
-    style.add_title(figure, _growth_title(curves))
-    right = (max(style.text_width(curve.name, style.NORMAL) for curve in curves) + 12) / 72
-    left = style.MARGIN + 0.55
-    width = style.WIDTH - left - style.MARGIN - right
-    axes = style.add_axes(figure, left=left, top=0.55, width=width, height=2.75)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=10)
-    for curve, (color, marker) in zip(curves, LOOKS, strict=False):
-        axes.plot(curve.lengths, curve.predicted, color=color, lw=1.2)
-        axes.plot(curve.lengths, curve.measured, marker, color=color, ms=6)
-        end = (curve.lengths[-1], curve.measured[-1])
-        axes.annotate(curve.name, end, (8, 0), textcoords="offset points", va="center", color=color)
-    lengths = sorted({length for curve in curves for length in curve.lengths})
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.yaxis.set_major_formatter(EngFormatter("B"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
-    axes.set_xlabel("prompt, tokens", loc="right")
-    axes.set_title(f"{what}. Points: counted. Lines: formula", size=style.NORMAL, weight="normal")
-    return figure
-
-
-def _growth_title(curves: Sequence[Growth]) -> str:
-    """What doubling the prompt did to the first and the last curve, at their far ends."""
-
-    def doubling(curve: Growth) -> str:
-        exponent = log(curve.measured[-1] / curve.measured[-2]) / log(curve.lengths[-1] / curve.lengths[-2])
-        return f"{2**exponent:.1f}"
-
-    first = f"Twice the prompt: {curves[0].name} takes {doubling(curves[0])} times the memory"
-    return first if len(curves) == 1 else f"{first}, {curves[-1].name} {doubling(curves[-1])}"
