@@ -18,8 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +105,14 @@ class Parts:
     choose: Callable[[Tensor], int] = most_likely  # exercise 04
 
 
+class ToyConfig(NamedTuple):
+    """What an engine must know about a model. Given."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
 class ToyModel:
     """Two layers of attention with random weights, and the interface of the real model. Given.
 
@@ -114,7 +121,7 @@ class ToyModel:
     """
 
     def __init__(self, vocab: int = 16, heads: int = 4, kv_heads: int = 2, head_dim: int = 4, seed: int = 0) -> None:
-        self.config = SimpleNamespace(num_layers=2, num_kv_heads=kv_heads, head_dim=head_dim)
+        self.config = ToyConfig(num_layers=2, num_kv_heads=kv_heads, head_dim=head_dim)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         generator = torch.Generator().manual_seed(seed)
         hidden = heads * head_dim
