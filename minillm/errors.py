@@ -25,3 +25,11 @@ class UnsupportedModelError(CheckpointError):
 
 class RequestError(MinillmError, ValueError):
     """One request that cannot be served: its prompt or its sampling parameters are at fault."""
+
+
+class CourseError(MinillmError, ValueError):
+    """An exercise, a submission or a file of the course that is missing, unknown or inconsistent."""
+
+
+class GraderError(MinillmError):
+    """The grader itself cannot work: the isolation that was asked for is not there, or a worker does not start."""

@@ -19,10 +19,12 @@ from minillm.cli.bench import latency
 from minillm.cli.claims import claims
 from minillm.cli.console import err
 from minillm.cli.doctor import doctor
+from minillm.cli.lab import lab
 from minillm.cli.roofline import roofline
 from minillm.cli.scheduling import prefix, stall
 from minillm.cli.serving import serve, throughput
 from minillm.cli.speculation import spec
+from minillm.cli.teach import teach
 from minillm.cli.train import train
 from minillm.cli.write import chat, demo, generate
 from minillm.errors import MinillmError
@@ -46,6 +48,8 @@ app.add_typer(bench, name="bench")
 app.command()(train)
 app.command()(claims)
 app.command()(roofline)
+app.add_typer(lab, name="lab")
+app.add_typer(teach, name="teach")
 bench.command()(latency)
 bench.command()(serve)
 bench.command()(throughput)

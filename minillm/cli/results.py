@@ -1,0 +1,86 @@
+"""How results of exercises look in a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from minillm.lab.exercises import Course, Exercise
+from minillm.lab.progress import Progress
+from minillm.lab.results import CheckResult, Result
+
+SIGNS = {"passed": ("✓", "green"), "todo": ("·", "dim")}  # everything else: a red cross
+CALLS = 4  # lines of the last calls before a difference
+DOTS = "●●●●●○○○○○"
+
+
+def result_view(exercise: Exercise, result: Result, *, path: str) -> Group:
+    """A result as a learner sees it: all checks, then what to do about the first that failed."""
+    parts: list[RenderableType] = [Text(f"{exercise.id} · {exercise.title}", style="bold")]
+    if result.checks:
+        parts.append(_checks(result))
+    if result.message:
+        parts.append(Padding(Text(result.message, style="red"), (1, 2)))
+    if failure := result.first_failure:
+        parts.append(Padding(failure_view(failure), (0, 2)))
+    parts.append(_summary(exercise, result, path))
+    return Group(*parts)
+
+
+def failure_view(check: CheckResult) -> Group:
+    """What was called, what came out, why that matters, and what probably caused it."""
+    parts: list[RenderableType] = []
+    if check.status == "todo":
+        return Group(Text(f"Next: {check.what}."))
+    parts.append(Text(check.title, style="bold red"))
+    if check.calls:
+        more = [f"… {len(check.calls) - CALLS} calls before"] if len(check.calls) > CALLS else []
+        calls = "\n".join([*more, *check.calls[-CALLS:]])
+        parts += [Text(f"Called (seed {check.seed}):", style="dim"), Padding(Text(calls), (0, 0, 0, 2))]
+    parts.append(Text(check.what))
+    if check.why:
+        parts.append(Text(f"Expected here: {check.why}.", style="dim"))
+    if check.diagnosis:
+        parts.append(Text(f"This is what comes out when {check.diagnosis}.", style="bold yellow"))
+    if check.output:
+        parts += [Text("Your code printed:", style="dim"), Padding(Text(check.output), (0, 0, 0, 2))]
+    return Group(*parts)
+
+
+def course_view(course: Course, progress: Progress) -> Table:
+    """All exercises with their standing."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("", "exercise", "", "min", "points", ""):
+        table.add_column(heading, justify="right" if heading in ("min", "points") else "left")
+    for exercise in course.exercises.values():
+        standing = progress.of(exercise)
+        sign, style = SIGNS.get(standing.sign, ("·", "dim" if standing.sign == "to do" else "yellow"))
+        dots = DOTS[5 - exercise.difficulty : 10 - exercise.difficulty]
+        points = f"{standing.points}/{exercise.points}"
+        table.add_row(
+            Text(sign, style), f"{exercise.id} {exercise.title}", dots, str(exercise.minutes), points, standing.sign
+        )
+    return table
+
+
+def _checks(result: Result) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(width=1)
+    table.add_column(ratio=1)
+    table.add_column(justify="right")
+    for check in result.checks:
+        sign, style = SIGNS.get(check.status, ("✗", "red"))
+        title = "a hidden check" if check.hidden and not check.passed else check.title
+        status = "" if check.status in ("passed", "wrong", "todo") else f" ({check.status})"
+        table.add_row(Text(sign, style), f"{title}{status}", f"{check.points}/{check.max_points}")
+    return table
+
+
+def _summary(exercise: Exercise, result: Result, path: str) -> Text:
+    score = f"{result.points} of {result.max_points} points"
+    if result.passed:
+        return Text(f"{score}. All checks passed. Compare with ours: minillm lab solution {exercise.id}", style="green")
+    return Text(f"{score}. Edit {path}   Stuck? minillm lab hint {exercise.id}")

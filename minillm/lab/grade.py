@@ -1,0 +1,137 @@
+"""Grade one submission: read it, run its checks in a sandbox, judge what comes back, say what probably went wrong."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from minillm.lab.checks import Case, Check, Failure, judge
+from minillm.lab.diagnosis import Diagnosis, draw, run
+from minillm.lab.exercises import Exercise
+from minillm.lab.results import CheckResult, Result
+from minillm.lab.rules import Refusal, read
+from minillm.lab.sandbox import Reply, Sandbox
+
+Progress = Callable[[Check], None]
+
+STOPPED = {
+    "timeout": "no answer after {0.seconds:g} s. Is there a loop without an end?",
+    "memory": "it took more than {megabytes} MB of memory. How large is the largest tensor you make?",
+    "processes": "it started more than {0.processes} processes",
+    "crashed": "your code ended the process that ran it; nothing came back",
+    "garbled": "what came back was not an answer",
+}
+
+
+class Grader:
+    """Grades submissions at one level of isolation, on inputs drawn from one seed: a secret one unless it is given.
+
+    Each submission gets a sandbox of its own. With `reuse` it stays open for the next: for one person's tries, not for
+    different people. Raises GraderError if the level is not available.
+    """
+
+    def __init__(self, isolation: str = "process", *, seed: int | None = None, reuse: bool = False) -> None:
+        self.isolation, self.reuse = isolation, reuse
+        self.seed = secrets.randbits(32) if seed is None else seed
+        self._diagnosis = Diagnosis(self.seed)
+        self._open: dict[tuple[str, ...], Sandbox] = {}
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._diagnosis.close()
+        for sandbox in self._open.values():
+            sandbox.close()
+
+    def grade(
+        self, exercise: Exercise, data: bytes | None, *, strict: bool = True, progress: Progress | None = None
+    ) -> Result:
+        """Grade the bytes of a submitted file (None: there is none).
+
+        Without `strict` a source is not refused for what it imports or names: the sandbox has to hold alone.
+        """
+        begin = time.monotonic()
+        source = read(data, exercise, strict=strict)
+        if isinstance(source, Refusal):
+            return self._result(exercise, source.status, message=source.message)
+        checks = self._run(exercise, source, progress)
+        status = "passed" if checks and all(check.passed for check in checks) else "failed"
+        return self._result(exercise, status, checks=checks, seconds=round(time.monotonic() - begin, 2))
+
+    def warm_up(self, exercise: Exercise) -> None:
+        """Start a worker ahead of the submission that will need it."""
+        self._sandbox(exercise).start()
+
+    def _result(self, exercise: Exercise, status: str, checks: tuple[CheckResult, ...] = (), **facts: Any) -> Result:
+        points = sum(check.points for check in checks)
+        return Result(
+            exercise.id, status, points, exercise.points, checks, isolation=self.isolation, seed=self.seed, **facts
+        )
+
+    def _run(self, exercise: Exercise, source: str, progress: Progress | None) -> tuple[CheckResult, ...]:
+        cases, replies = dict[Check, Case](), dict[Check, Reply]()
+        sandbox = self._sandbox(exercise)
+        sandbox.start()
+        for check in exercise.checks:
+            if progress:
+                progress(check)
+            cases[check] = draw(exercise, check, self.seed)
+            replies[check] = run(sandbox, exercise, check, cases[check], source)
+        if not self.reuse:
+            self._open.pop(exercise.preload).close()
+        results = {check: _judged(check, cases[check], replies[check]) for check in exercise.checks}
+        return tuple(self._explained(exercise, replies, check, result) for check, result in results.items())
+
+    def _sandbox(self, exercise: Exercise) -> Sandbox:
+        if exercise.preload not in self._open:
+            self._open[exercise.preload] = Sandbox(self.isolation, preload=exercise.preload)
+        return self._open[exercise.preload]
+
+    def _explained(
+        self, exercise: Exercise, replies: dict[Check, Reply], check: Check, result: CheckResult
+    ) -> CheckResult:
+        """The result with its diagnosis, if it failed in a way that mistakes fail."""
+        if result.status not in ("wrong", "error", "timeout"):
+            return result
+        mutant = self._diagnosis.likely(exercise, replies, check)
+        return replace(result, mutant=mutant.name, diagnosis=mutant.explanation) if mutant else result
+
+
+def _judged(check: Check, case: Case, reply: Reply) -> CheckResult:
+    """What a reply is worth. Points are for values that are all as expected; there is no other way to them."""
+    failure = judge(case, reply)
+    status = "wrong" if failure else reply.status
+    if status == "ok":
+        status = "passed" if len(reply.values) == len(case.expectations) else "garbled"
+    if status == "error":
+        status, failure = _raised(case, reply.error)
+    elif status in STOPPED:
+        sentence = STOPPED[status].format(check.limits, megabytes=check.limits.memory_bytes >> 20)
+        failure = Failure(case.calls(), sentence)
+    return CheckResult(
+        check.name,
+        check.task,
+        check.title,
+        status,
+        check.points if status == "passed" else 0,
+        check.points,
+        hidden=check.hidden,
+        seed=case.seed,
+        output=reply.output,
+        **(asdict(failure) if failure else {}),
+    )
+
+
+def _raised(case: Case, error: dict[str, Any]) -> tuple[str, Failure]:
+    """An error that the learner's code raised: what it says, and the learner's own line."""
+    calls, message = case.calls(error.get("step")), str(error.get("message", ""))
+    if error.get("type") == "NotImplementedError":
+        return "todo", Failure(calls, message)
+    if error.get("type") == "MemoryError" or "can't allocate memory" in message:
+        return "memory", Failure(calls, f"there is not enough memory: {message}")
+    where = f"\n  line {error['line']}, in {error['function']}:  {error['code']}" if error.get("line") else ""
+    return "error", Failure(calls, f"{error.get('type')}: {message}{where}")

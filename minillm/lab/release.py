@@ -1,0 +1,97 @@
+"""Hand exercises out and take them in: a course without answers, a learner's zip, the original of a file."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+from minillm.errors import CourseError
+from minillm.lab.exercises import Course, Exercise
+from minillm.lab.stubs import make_stub
+
+ORIGINAL = "stub.py"  # beside the checks of a released exercise: what `reset` and `diff` need
+PACKAGES = ("minillm-course", "torch")
+
+
+def original(exercise: Exercise) -> str:
+    """The exercise as it was given."""
+    if exercise.solution.exists():
+        return make_stub(exercise.solution.read_text(encoding="utf8"), exercise.file_name)
+    return (exercise.folder / ORIGINAL).read_text(encoding="utf8")
+
+
+def put_aside(exercise: Exercise) -> Path | None:
+    """Keep a copy of the learner's file in .minillm/kept; None if there is nothing that differs from the original."""
+    if not exercise.stub.exists() or exercise.stub.read_bytes() == original(exercise).encode():
+        return None
+    kept = exercise.root / ".minillm" / "kept" / f"{exercise.stub.stem}-{time.strftime('%Y%m%d-%H%M%S')}.py"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(exercise.stub, kept)
+    return kept
+
+
+def pack(course: Course, to: Path) -> list[str]:
+    """Zip all exercises that differ from their originals, with a manifest of hashes and versions. Returns their ids.
+
+    Raises CourseError if there are none. The manifest helps to find mistakes; nothing is graded by it.
+    """
+    touched = [e for e in course.exercises.values() if e.stub.exists() and e.stub.read_text("utf8") != original(e)]
+    if not touched:
+        raise CourseError("There is nothing to submit: no exercise differs from how it was given.")
+    manifest = {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "sha256": {e.file_name: hashlib.sha256(e.stub.read_bytes()).hexdigest() for e in touched},
+    }
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as archive:
+        for exercise in touched:
+            archive.write(exercise.stub, exercise.file_name)
+        archive.writestr("manifest.json", json.dumps(manifest, indent=1))
+    return [exercise.id for exercise in touched]
+
+
+def release(course: Course, to: Path) -> list[Path]:
+    """Write a course for learners into a new folder: stubs and public checks; no solutions, mutants or hidden checks.
+
+    Returns the files. Raises CourseError if the folder has something in it.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise CourseError(f"{to} is not empty. Name a new folder: nothing there is overwritten.")
+    written = []
+    for exercise in course.exercises.values():
+        checks = exercise.folder / "checks.py"
+        folder = to / "tests" / "exercises" / exercise.id
+        texts = {
+            to / "exercises" / exercise.file_name: original(exercise),
+            folder / ORIGINAL: original(exercise),
+            folder / "checks.py": without_hidden(checks.read_text(encoding="utf8")),
+            **({folder / "given.py": exercise.given} if exercise.given else {}),
+        }
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf8")
+            written.append(path)
+    return written
+
+
+def without_hidden(checks: str) -> str:
+    """The source of checks without the functions decorated with `@check(…, hidden=True)`."""
+    lines = checks.splitlines(keepends=True)
+    for node in reversed(ast.parse(checks).body):
+        if isinstance(node, ast.FunctionDef) and any(map(_hides, node.decorator_list)):
+            del lines[node.decorator_list[0].lineno - 1 : node.end_lineno]
+    return "".join(lines)
+
+
+def _hides(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Call) and any(
+        keyword.arg == "hidden" and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+        for keyword in decorator.keywords
+    )

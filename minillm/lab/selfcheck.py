@@ -1,0 +1,118 @@
+"""The course checks itself: a grader is worth what it refuses, so all that it must refuse is handed in to it.
+
+For each exercise: the stub gets 0 points and a friendly message, the solution all of them; every mutant loses some and
+is called by its name; and its author has written enough of everything. `dishonest` hands in what cheats.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minillm.errors import CourseError
+from minillm.lab.exercises import Course, Exercise
+from minillm.lab.grade import Grader
+from minillm.lab.isolation import LEVELS, unavailable
+from minillm.lab.stubs import sync
+
+MUTANTS, HINTS, TASKS, DIAGNOSED = 4, 3, range(2, 6), 0.8
+Kind = Literal["author", "stub", "solution", "mutant", "dishonest"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried. ok: None if it could not be tried here; detail says why, or what came out."""
+
+    exercise: str
+    kind: Kind
+    subject: str
+    ok: bool | None
+    detail: str = ""
+    diagnosed: bool = True  # a mutant: whether its own name was the diagnosis
+
+
+def check_course(
+    course: Course, exercises: Sequence[Exercise], *, seed: int | None = None, jobs: int = 1
+) -> Iterator[Finding]:
+    """Try everything for some exercises, `jobs` at a time, as it is found."""
+    if not exercises:
+        raise CourseError("A course without exercises proves nothing.")
+    for path in sync(course, write=False):
+        yield Finding(path.stem[:4], "author", path.name, False, "differs from its solution: run `minillm teach sync`")
+    with ThreadPoolExecutor(jobs) as pool:
+        for findings in pool.map(lambda exercise: list(check_exercise(exercise, seed)), exercises):
+            yield from findings
+
+
+def check_exercise(exercise: Exercise, seed: int | None = None) -> Iterator[Finding]:
+    """Try the stub, the solution and the mutants of one exercise."""
+    solution = exercise.solution.read_text(encoding="utf8")
+    yield from _author(exercise)
+    with Grader(seed=seed, reuse=True) as grader:
+        yield _stub(exercise, grader)
+        result = grader.grade(exercise, solution.encode())
+        failed = result.first_failure
+        detail = f"{failed.name}: {failed.what}" if failed else result.message
+        yield Finding(exercise.id, "solution", exercise.file_name, result.passed, detail)
+        for mutant in exercise.mutants:
+            result = grader.grade(exercise, mutant.source(solution).encode())
+            names = sorted({check.mutant for check in result.checks if check.mutant})
+            detail = f"{result.points} of {result.max_points} points, taken for: {', '.join(names) or 'nothing known'}"
+            ok = bool(result.checks) and not result.passed
+            yield Finding(exercise.id, "mutant", mutant.name, ok, detail, diagnosed=names == [mutant.name])
+
+
+def dishonest(course: Course, folder: Path, *, seed: int | None = None, jobs: int = 1) -> Iterator[Finding]:
+    """Hand in every file of a folder to the exercise and at the level that its docstring names.
+
+    The rules that are checked by reading are switched off, so that the sandbox has to hold alone.
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(lambda path: _dishonest(course, path, seed), sorted(folder.glob("*.py")))
+
+
+def _stub(exercise: Exercise, grader: Grader) -> Finding:
+    """A stub gets no points, and each check says which function is still to be written."""
+    result = grader.grade(exercise, exercise.stub.read_bytes())
+    unfriendly = [check.name for check in result.checks if check.status != "todo"]
+    ok = bool(result.checks) and result.points == 0 and not unfriendly
+    return Finding(exercise.id, "stub", exercise.stub.name, ok, f"not as 'to do': {unfriendly}" if unfriendly else "")
+
+
+def _author(exercise: Exercise) -> Iterator[Finding]:
+    """What is missing for an exercise to be complete."""
+    tested = {check.task for check in exercise.checks}
+    demands = {
+        f"{min(TASKS)} to {max(TASKS)} tasks": len(exercise.tasks) in TASKS,
+        f"{MUTANTS} mutants": len(exercise.mutants) >= MUTANTS,
+        f"{HINTS} hints for each task": all(len(task.hints) >= HINTS for task in exercise.tasks),
+        "a check for each task": tested == {task.name for task in exercise.tasks},
+        "a public and a hidden check": {check.hidden for check in exercise.checks} == {True, False},
+    }
+    for demand, ok in demands.items():
+        yield Finding(exercise.id, "author", demand, ok)
+
+
+def _dishonest(course: Course, path: Path, seed: int | None) -> Finding:
+    exercise, level = _claim(course, path)
+    if reason := unavailable(level):
+        return Finding(exercise.id, "dishonest", path.stem, None, f"{level} is not available: {reason}")
+    with Grader(level, seed=seed) as grader:
+        result = grader.grade(exercise, path.read_bytes(), strict=False)
+    ends = sorted({check.status for check in result.checks}) or [result.status]
+    return Finding(
+        exercise.id, "dishonest", path.stem, result.points == 0, f"{level}: {result.points} points, {', '.join(ends)}"
+    )
+
+
+def _claim(course: Course, path: Path) -> tuple[Exercise, str]:
+    """The exercise and the level in the last line of a docstring: `ex03, stopped by: namespace`."""
+    last = (ast.get_docstring(ast.parse(path.read_bytes())) or "").splitlines()[-1:]
+    name, _, level = last[0].partition(", stopped by: ") if last else ("", "", "")
+    if level not in LEVELS:
+        raise CourseError(f"{path} must say in the last line of its docstring: ex03, stopped by: {' | '.join(LEVELS)}.")
+    return course.exercise(name), level
