@@ -83,6 +83,36 @@ class BlockTable:
     num_hashed: int = 0
 
 
+class FreeQueue:
+    """The blocks that nobody holds, in the order in which they will be taken. Every method takes constant time."""
+
+    def __init__(self, blocks: Iterable[int]) -> None:
+        self._blocks = OrderedDict.fromkeys(blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def popleft(self) -> int:
+        """Take the block that has been useless for longest."""
+        return self._blocks.popitem(last=False)[0]
+
+    def remove(self, block: int) -> None:
+        """Take this very block: a prompt found its content in the cache."""
+        del self._blocks[block]
+
+    def append(self, block: int) -> None:
+        """Put a block at the end: the cache knows it, and it was useful just now."""
+        self._blocks[block] = None
+
+    def prepend(self, block: int) -> None:
+        """Put a block at the head: nobody can find what is in it."""
+        self.append(block)
+        self._blocks.move_to_end(block, last=False)
+
+
 class BlockPool:
     """Hands out the blocks 1..num_blocks-1 of a cache and remembers what is in them.
 
@@ -110,8 +140,8 @@ class BlockPool:
         self.stride = stride
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block(index) for index in range(num_blocks)]
-        self._free = OrderedDict.fromkeys(range(1, num_blocks))  # the next to be taken comes first
-        self._cached: dict[Prefix, Block] = {}
+        self.free = FreeQueue(range(1, num_blocks))
+        self.cached: dict[Prefix, Block] = {}  # what the prefix cache knows, held or free
 
     @property
     def num_usable(self) -> int:
@@ -121,12 +151,12 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds, whether the prefix cache remembers them or not."""
-        return len(self._free)
+        return len(self.free)
 
     @property
     def num_cached(self) -> int:
         """Blocks that the prefix cache knows, held or free."""
-        return len(self._cached)
+        return len(self.cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold this many tokens."""
@@ -139,7 +169,7 @@ class BlockPool:
         costs one token (the tokens of its last stride). Requests with different `salt` never share blocks.
         """
         table = BlockTable(Prefix((self.identity, salt)))
-        for block, prefix in self._match(tokens, table.prefix):
+        for block, prefix in self.match(tokens, table.prefix):
             self._hold(block)
             table.blocks.append(block.id)
             table.prefix = prefix
@@ -149,10 +179,10 @@ class BlockPool:
         self.truncate(table, num_computed)
         return table, num_computed
 
-    def _match(self, tokens: Sequence[int], parent: Prefix) -> Iterator[tuple[Block, Prefix]]:
+    def match(self, tokens: Sequence[int], parent: Prefix) -> Iterator[tuple[Block, Prefix]]:
         """The known blocks at the beginning of `tokens`, each with the link that names it."""
         for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
-            block = self._cached.get(Prefix(tuple(tokens[start : start + self.block_size]), parent))
+            block = self.cached.get(Prefix(tuple(tokens[start : start + self.block_size]), parent))
             if block is None or block.prefix is None:
                 return
             yield block, block.prefix
@@ -191,7 +221,7 @@ class BlockPool:
             start = index * self.block_size
             prefix = Prefix(tuple(tokens[start : start + self.block_size]), table.prefix)
             block = self.blocks[table.blocks[index]]
-            holder = self._cached.setdefault(prefix, block)
+            holder = self.cached.setdefault(prefix, block)
             if holder is block:
                 block.prefix = prefix
             table.prefix = holder.prefix or prefix
@@ -217,7 +247,7 @@ class BlockPool:
 
     def _take(self) -> int:
         """The free block that has been useless for longest, emptied of what the cache remembers."""
-        index, _ = self._free.popitem(last=False)
+        index = self.free.popleft()
         block = self.blocks[index]
         self._forget(block)
         block.ref_count = 1
@@ -225,34 +255,36 @@ class BlockPool:
 
     def _hold(self, block: Block) -> None:
         if block.ref_count == 0:
-            del self._free[block.id]
+            self.free.remove(block.id)
         block.ref_count += 1
 
     def _drop(self, block: Block) -> None:
         """One holder less. A free block that the cache knows waits at the end of the queue, any other at its head."""
         block.ref_count -= 1
         if block.ref_count == 0:
-            self._free[block.id] = None
-            self._free.move_to_end(block.id, last=block.prefix is not None)
+            if block.prefix is None:
+                self.free.prepend(block.id)
+            else:
+                self.free.append(block.id)
 
     def _forget(self, block: Block) -> None:
         if block.prefix is not None:
-            del self._cached[block.prefix]
+            del self.cached[block.prefix]
             block.prefix = None
 
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Recompute every invariant from all live tables; raises `AssertionError` naming the broken one."""
         tables = list(tables)
         held = Counter(index for table in tables for index in table.blocks)
-        ensure(held[DUMMY_BLOCK] == 0 and DUMMY_BLOCK not in self._free, "the dummy block belongs to nobody")
+        ensure(held[DUMMY_BLOCK] == 0 and DUMMY_BLOCK not in self.free, "the dummy block belongs to nobody")
         for block in self.blocks:
             ensure(block.ref_count == held[block.id], f"block {block.id} counts the tables that hold it")
-            ensure(block.prefix is None or self._cached.get(block.prefix) is block, f"block {block.id} has a name")
+            ensure(block.prefix is None or self.cached.get(block.prefix) is block, f"block {block.id} has a name")
         ensure(
-            set(self._free) == {b.id for b in self.blocks[1:] if b.ref_count == 0},
+            set(self.free) == {b.id for b in self.blocks[1:] if b.ref_count == 0},
             "the free list is the set of blocks that nobody holds",
         )
-        ensure(all(b.prefix is p for p, b in self._cached.items()), "the cache points to blocks that carry the name")
+        ensure(all(b.prefix is p for p, b in self.cached.items()), "the cache points to blocks that carry the name")
         for table in tables:
             self._check_names(table)
 

@@ -377,13 +377,13 @@ def _hold_on_the_free_list(self: BlockPool, block: blocks.Block) -> None:
 
 
 def _take_without_forgetting(self: BlockPool) -> int:
-    index, _ = self._free.popitem(last=False)
+    index = self.free.popleft()
     self.blocks[index].ref_count = 1
     return index
 
 
 def _take_without_counting(self: BlockPool) -> int:
-    index, _ = self._free.popitem(last=False)
+    index = self.free.popleft()
     self._forget(self.blocks[index])
     return index
 
@@ -392,7 +392,7 @@ def _last_one_stays_known(self: BlockPool, table: BlockTable, tokens: list[int],
     for index in range(table.num_hashed, num_computed // BLOCK):
         table.prefix = Prefix(tuple(tokens[index * BLOCK : (index + 1) * BLOCK]), table.prefix)
         block = self.blocks[table.blocks[index]]
-        self._cached[table.prefix] = block
+        self.cached[table.prefix] = block
         block.prefix = table.prefix
         table.num_hashed += 1
 
@@ -450,7 +450,8 @@ def test_the_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _take_newest(self: BlockPool) -> int:
-    index, _ = self._free.popitem(last=True)
+    *_, index = self.free
+    self.free.remove(index)
     self._forget(self.blocks[index])
     self.blocks[index].ref_count = 1
     return index

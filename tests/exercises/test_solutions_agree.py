@@ -293,7 +293,7 @@ def test_prefix_match(seed: int) -> None:
     pool = BlockPool(12, 2)
     for _ in range(60):
         tokens = [draw.randrange(2) for _ in range(draw.randint(1, 12))]
-        cached = {name_of(prefix): block.id for prefix, block in pool._cached.items()}
+        cached = {name_of(prefix): block.id for prefix, block in pool.cached.items()}
         table, saved = pool.open(tokens)
         names = ex.hash_blocks(tokens, 2)
         assert ex.longest_match(names, cached, len(tokens), 2) == (table.blocks, saved), (seed, tokens)
