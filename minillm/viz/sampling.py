@@ -170,8 +170,9 @@ def _draw_rounds(lane: Axes, loop: Loop) -> None:
 
 
 @style.SHEET
-def repetition(temperatures: Sequence[float], repeated: Sequence[float], surprise: Sequence[float],
-               expected: Sequence[float]) -> Figure:  # fmt: skip
+def repetition(
+    temperatures: Sequence[float], repeated: Sequence[float], surprise: Sequence[float], expected: Sequence[float]
+) -> Figure:
     """What temperature trades: how much a text repeats itself (left) against how much it surprises the model (right).
 
     repeated: share of runs of four tokens that were said before. surprise: bits of the tokens that were drawn, under
@@ -181,8 +182,10 @@ def repetition(temperatures: Sequence[float], repeated: Sequence[float], surpris
     hot = f"hot text is noise: {surprise[-1]:.0f} bits a token instead of {surprise[0]:.0f}"
     style.add_title(figure, f"Cold text repeats itself ({repeated[0]:.0%}), {hot}")
     width = (style.WIDTH - 2 * style.MARGIN - 0.4 - 0.6) / 2
-    panels: tuple[tuple[str, Sequence[float], Sequence[float]], ...] = (("runs of four tokens said before, %", [100 * one for one in repeated], []),
-              ("surprise, bits per token. Line: expected", surprise, expected))  # fmt: skip
+    panels: tuple[tuple[str, Sequence[float], Sequence[float]], ...] = (
+        ("runs of four tokens said before, %", [100 * one for one in repeated], []),
+        ("surprise, bits per token. Line: expected", surprise, expected),
+    )
     for place, (words, points, line) in enumerate(panels):
         left = style.MARGIN + 0.4 + place * (width + 0.6)
         axes = style.add_axes(figure, left=left, top=0.75, width=width, height=1.95)
