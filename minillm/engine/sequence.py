@@ -91,7 +91,11 @@ class Sequence:
             self.finish_reason = "length"
 
     def adapt_drafts(self, num_proposed: int, num_accepted: int) -> None:
-        """Guess as far as the last guess was right, and one token further; twice as far if all of it was right."""
+        """Guess as far as the last guess was right, and one token further; twice as far if all of it was right.
+
+        Saves guesses that are made and checked in vain. Loses where those cost next to nothing (a lookup, one request
+        alone): after a wrong guess it takes some rounds to guess far again, and each is a step of the model.
+        """
         wanted = 2 * num_proposed if num_accepted == num_proposed else num_accepted + 1
         self.num_drafts = min(wanted, self.max_drafts)
 
