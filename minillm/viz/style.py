@@ -74,26 +74,26 @@ _SHEET: Any = {  # names of rcParams; their type differs between versions of mat
 SHEET = rc_context(_SHEET)
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure of the course's width; height in inches."""
-    return Figure(figsize=(WIDTH, height))
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty figure of the course's width, or half of it where an explorer shows two in a row; in inches."""
+    return Figure(figsize=(width, height))
 
 
 def add_row(figure: Figure, *, top: float, height: float, left: float = 0.0) -> Axes:
     """Axes between the course's margins, `top` inches below the figure's upper edge; `left` inches for labels."""
-    return add_axes(figure, left=MARGIN + left, top=top, width=WIDTH - 2 * MARGIN - left, height=height)
+    return add_axes(figure, left=MARGIN + left, top=top, width=figure.get_figwidth() - 2 * MARGIN - left, height=height)
 
 
 def add_axes(figure: Figure, *, left: float, top: float, width: float, height: float) -> Axes:
     """Axes of a size in inches, `left` inches from the figure's left edge and `top` inches below its upper one."""
-    full = figure.get_figheight()
-    return figure.add_axes((left / WIDTH, 1 - (top + height) / full, width / WIDTH, height / full))
+    across, full = figure.get_size_inches()
+    return figure.add_axes((left / across, 1 - (top + height) / full, width / across, height / full))
 
 
 def add_title(figure: Figure, text: str) -> None:
     """What the figure says, in one line above everything else."""
-    full = figure.get_figheight()
-    figure.text(MARGIN / WIDTH, 1 - 0.12 / full, text, ha="left", va="top", weight="bold", size=11)
+    across, full = figure.get_size_inches()
+    figure.text(MARGIN / across, 1 - 0.12 / full, text, ha="left", va="top", weight="bold", size=11)
 
 
 def bare(axes: Axes, *, keep: str = "") -> None:

@@ -27,7 +27,7 @@ EDGE = "#d8dce1"
 WHOLE, CUT = style.PREFILL, "#b9d6f2"  # a tile that is seen as a whole, and one that the causal rule cuts
 FRAMES = 6  # of a film-strip, at most
 GAP = 0.28  # inches between frames
-TALL = 2.7  # inches of a matrix, at most
+DIMS = 12  # of the output that a strip shows
 
 
 @style.SHEET
@@ -52,7 +52,7 @@ def softmax_strip(steps: Sequence[TileStep], scores: Tensor, exact: Tensor) -> F
         _draw_output(style.add_axes(figure, left=x, top=2.3, width=width, height=0.95), step, exact, first=frame == 0)
     figure.axes[0].set_ylabel("exp(score − m)", size=style.SMALL)
     figure.axes[1].set_ylabel("out / l", size=style.SMALL)
-    _explain(figure)
+    _explain(figure, len(exact))
     return figure
 
 
@@ -76,7 +76,7 @@ def _draw_weights(axes: Axes, steps: Sequence[TileStep], scores: Tensor) -> None
 
 def _draw_output(axes: Axes, step: TileStep, exact: Tensor, *, first: bool) -> None:
     """The output so far as bars, and ticks where exact attention ends."""
-    out = (step.out[0, -1] / step.l[0, -1]).tolist()
+    out, exact = (step.out[0, -1, :DIMS] / step.l[0, -1]).tolist(), exact[:DIMS]
     axes.bar(range(len(out)), out, 0.7, color=style.ACTIVATIONS)
     axes.axhline(0, color=style.INK, lw=0.8)
     reach = 1.5 * max(float(exact.abs().max()), 1e-9)
@@ -86,11 +86,12 @@ def _draw_output(axes: Axes, step: TileStep, exact: Tensor, *, first: bool) -> N
     style.bare(axes)
 
 
-def _explain(figure: Figure) -> None:
-    full = figure.get_figheight()
+def _explain(figure: Figure, dims: int) -> None:
+    bars = "one bar per dimension" if dims <= DIMS else f"the first {DIMS} of {dims} dimensions"
     note = "Top: cyan, the newest tile; grey, earlier ones; dotted, what they were under the old maximum.\n"
-    note += "Below: the output, one bar per dimension; ticks: attention over all keys at once."
-    figure.text(style.MARGIN / style.WIDTH, 0.1 / full, note, size=style.SMALL, color=style.QUIET, linespacing=1.4)
+    note += f"Below: the output so far, {bars}; ticks: attention over all keys at once."
+    place = style.MARGIN / style.WIDTH, 0.1 / figure.get_figheight()
+    figure.text(*place, note, size=style.SMALL, color=style.QUIET, linespacing=1.4)
 
 
 def _signed(value: float) -> str:
@@ -101,24 +102,26 @@ def _signed(value: float) -> str:
 def tile_order(steps: Sequence[TileStep], q_len: int, kv_len: int) -> Figure:
     """The tiles of the score matrix in the order in which they were computed; what is white was skipped.
 
-    The line is the causal rule: a query sees the keys left of it. Numbers stand in tiles that have room for them.
+    The line is the causal rule: a query sees the keys left of it. Numbers stand in tiles that have room for them. Half
+    as wide as the page.
     """
-    width = min(TALL * kv_len / q_len, style.WIDTH - 2 * style.MARGIN - 3.2)
-    height = min(TALL, width * max(q_len / kv_len, 0.3))
-    figure = style.new_figure(0.55 + height + 0.5)
+    left, width = style.MARGIN + 0.3, 3.1
+    height = width * max(0.3, min(1.0, q_len / kv_len))
+    figure = style.new_figure(0.6 + height + 1.05, style.WIDTH / 2)
     done = sum(len(step.queries) * len(step.keys) for step in steps) / (q_len * kv_len)
     seen = visible_pairs(q_len, kv_len) / (q_len * kv_len)
-    title = f"{len(steps)} tiles compute {done:.0%} of the matrix; the causal rule asks for {seen:.0%}"
-    style.add_title(figure, title)
-    axes = style.add_axes(figure, left=style.MARGIN + 0.55, top=0.55, width=width, height=height)
+    style.add_title(
+        figure, f"{len(steps)} tiles compute {done:.0%} of the matrix;\nthe causal rule asks for {seen:.0%}"
+    )
+    axes = style.add_axes(figure, left=left, top=0.6, width=width, height=height)
     axes.set(xlim=(0, kv_len), ylim=(q_len, 0), xticks=[0, kv_len], yticks=[0, q_len])
     for number, step in enumerate(steps, 1):
         _draw_tile(axes, step, kv_len - q_len, str(number))
     axes.plot([kv_len - q_len, kv_len], [0, q_len], color=style.INK, lw=1.2)
-    axes.set_xlabel("key", loc="center", labelpad=-8)
-    axes.set_ylabel("query", loc="center", labelpad=-8)
+    axes.set_xlabel("key", labelpad=-8)
+    axes.set_ylabel("query", labelpad=-8)
     whole = sum(not _is_cut(step, kv_len - q_len) for step in steps)
-    _add_keys(figure, style.MARGIN + 0.55 + width + 0.4, (whole, len(steps) - whole))
+    _add_keys(figure, left, 0.6 + height + 0.35, (whole, len(steps) - whole))
     return figure
 
 
@@ -148,21 +151,19 @@ def _points_high(axes: Axes, height: float) -> float:
     return 72 * figure.get_figheight() * axes.get_position().height * height / (high - low)
 
 
-def _add_keys(figure: Figure, left: float, counts: tuple[int, int]) -> None:
-    """What the fills mean, right of the matrix; how many tiles have them."""
-    axes = style.add_axes(figure, left=left, top=0.55, width=0.3, height=0.85)
+def _add_keys(figure: Figure, left: float, top: float, counts: tuple[int, int]) -> None:
+    """What the fills mean, below the matrix; how many tiles have them."""
+    axes = style.add_axes(figure, left=left, top=top, width=0.25, height=0.6)
     axes.set(xlim=(0, 1), ylim=(3, 0))
     style.bare(axes)
-    words = ("seen as a whole", "cut by the rule: needs a mask", "all in the future: never computed")
     looks: tuple[dict[str, Any], ...] = (
         {"facecolor": WHOLE},
         {"facecolor": CUT, "hatch": "..."},
         {"facecolor": "white", "edgecolor": style.QUIET},
     )
-    numbers = (*counts, None)
-    for row, (text, look, count) in enumerate(zip(words, looks, numbers, strict=True)):
+    words = (f"seen as a whole ({counts[0]})", f"cut by the rule, needs a mask ({counts[1]})", "future: never computed")
+    for row, (text, look) in enumerate(zip(words, looks, strict=True)):
         axes.add_patch(Rectangle((0, row + 0.2), 1, 0.6, **look))
-        text = text if count is None else f"{text} ({count})"
         axes.text(1.3, row + 0.5, text, va="center", size=style.SMALL)
 
 

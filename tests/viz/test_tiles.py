@@ -80,7 +80,7 @@ def test_tiles_lie_where_they_were_computed() -> None:
     figure = tile_order(steps, 8, 12)
     assert rectangles(figure, WHOLE) == [(0, 0, 4, 4), (0, 4, 4, 4), (4, 4, 4, 4)]
     assert rectangles(figure, CUT) == [(4, 0, 4, 4), (8, 4, 4, 4)]
-    assert "5 tiles compute 83% of the matrix; the causal rule asks for 71%" in words(figure)
+    assert "5 tiles compute 83% of the matrix;\nthe causal rule asks for 71%" in words(figure)
     assert "seen as a whole (3)" in words(figure) and "needs a mask (2)" in words(figure)
 
 
