@@ -113,10 +113,8 @@ def hint(name: Name = None) -> None:
 @lab.command()
 def diff(name: Name = None) -> None:
     """Show what you changed since the exercise was new."""
-    from minillm.lab.release import original
-
     exercise = _exercise(name)
-    before, after = original(exercise).splitlines(), _read(exercise.stub).splitlines()
+    before, after = exercise.original().splitlines(), _read(exercise.stub).splitlines()
     lines = list(difflib.unified_diff(before, after, "as given", _shown(exercise.stub), lineterm=""))
     out.print(Syntax("\n".join(lines), "diff", background_color="default") if lines else "Nothing is changed yet.")
 
@@ -151,12 +149,12 @@ def solution(
 @lab.command()
 def reset(name: Annotated[str, typer.Argument(help="An exercise, such as ex03.", metavar="ID")]) -> None:
     """Bring an exercise back as it was given. Your file is kept aside."""
-    from minillm.lab.release import original, put_aside
+    from minillm.lab.release import put_aside
 
     exercise = _exercise(name)
     if kept := put_aside(exercise):
         out.print(Text(f"Your file is kept as {_shown(kept)}"), soft_wrap=True)
-    exercise.stub.write_text(original(exercise), encoding="utf8")
+    exercise.stub.write_text(exercise.original(), encoding="utf8")
     out.print(Text(f"{_shown(exercise.stub)} is as new."), soft_wrap=True)
 
 

@@ -33,7 +33,7 @@ def sync(
 ) -> None:
     """Generate exercises/ from solutions/."""
     from minillm.lab.exercises import find_course
-    from minillm.lab.stubs import sync
+    from minillm.lab.release import sync
 
     stale = sync(find_course(), write=not check)
     for path in stale:

@@ -4,9 +4,11 @@
     exercises/ex03_kv_cache.py            generated from it: what a learner edits
     tests/exercises/ex03/checks.py        EXERCISE (an instance of `Exercise`) and the checks
     tests/exercises/ex03/mutants.py       MUTANTS: wrong versions that people write
-    tests/exercises/ex03/given.py         optional: a module that checks lend to the learner's code
+    tests/exercises/ex03/given.py         optional: a module that checks lend to the learner's code; without it they
+                                          lend the stub, for the toys that are given in it
 
-A released course has neither solutions nor mutants, and no hidden checks.
+A released course has neither solutions nor mutants, and no hidden checks; beside its checks it keeps stub.py, the
+original of what learners edit.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from typing import Any
 
 from minillm.errors import CourseError
 from minillm.lab.checks import Check
+from minillm.lab.stubs import make_stub
+from minillm.lab.worker import module_of
 
 ALLOWED = (
     *("__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "functools"),
     *("hashlib", "heapq", "itertools", "math", "operator", "random", "statistics", "torch", "typing"),
 )
+ORIGINAL = "stub.py"
 BANNED_MODULES = ("minillm", "transformers", "vllm", "flash_attn")
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -113,9 +118,15 @@ class Exercise:
         """The task of this name."""
         return next(task for task in self.tasks if task.name == name)
 
-    def helpers(self) -> ModuleType | None:
-        """`given.py` as a module on the parent's side."""
-        return _run(self.folder / "given.py") if self.given else None
+    def helpers(self) -> ModuleType:
+        """What `given` defines, on the parent's side."""
+        return module_of(f"given_{self.id}", self.given)
+
+    def original(self) -> str:
+        """The learner's file as it was given."""
+        if self.solution.exists():
+            return make_stub(self.solution.read_text(encoding="utf8"), self.file_name)
+        return (self.folder / ORIGINAL).read_text(encoding="utf8")
 
 
 @dataclass(frozen=True)
@@ -164,8 +175,8 @@ def _load(root: Path, folder: Path) -> Exercise:
         root=root,
         checks=checks,
         mutants=tuple(_run(mutants).MUTANTS) if mutants.exists() else (),
-        given=given.read_text(encoding="utf8") if given.exists() else "",
     )
+    exercise = replace(exercise, given=given.read_text(encoding="utf8") if given.exists() else exercise.original())
     if unknown := {check.task for check in checks} - {task.name for task in exercise.tasks}:
         raise CourseError(f"{folder / 'checks.py'} has checks of unknown tasks: {', '.join(sorted(unknown))}.")
     return exercise

@@ -1,4 +1,4 @@
-"""Hand exercises out and take them in: a course without answers, a learner's zip, the original of a file."""
+"""Hand exercises out and take them in: stubs, a course without answers, a learner's zip."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ import zipfile
 from pathlib import Path
 
 from minillm.errors import CourseError
-from minillm.lab.exercises import Course, Exercise
+from minillm.lab.exercises import ORIGINAL, Course, Exercise
 from minillm.lab.stubs import make_stub
 
-ORIGINAL = "stub.py"  # beside the checks of a released exercise: what `reset` and `diff` need
 PACKAGES = ("minillm-course", "torch")
 
 
-def original(exercise: Exercise) -> str:
-    """The exercise as it was given."""
-    if exercise.solution.exists():
-        return make_stub(exercise.solution.read_text(encoding="utf8"), exercise.file_name)
-    return (exercise.folder / ORIGINAL).read_text(encoding="utf8")
+def sync(course: Course, *, write: bool = True) -> list[Path]:
+    """Generate all stubs; returns those that were missing or different."""
+    stale = []
+    for solution in sorted((course.root / "solutions").glob("ex*.py")):
+        path = course.root / "exercises" / solution.name
+        stub = make_stub(solution.read_text(encoding="utf8"), solution.name)
+        if not path.exists() or path.read_text(encoding="utf8") != stub:
+            stale.append(path)
+            if write:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(stub, encoding="utf8")
+    return stale
 
 
 def put_aside(exercise: Exercise) -> Path | None:
     """Keep a copy of the learner's file in .minillm/kept; None if there is nothing that differs from the original."""
-    if not exercise.stub.exists() or exercise.stub.read_bytes() == original(exercise).encode():
+    if not exercise.stub.exists() or exercise.stub.read_bytes() == exercise.original().encode():
         return None
     kept = exercise.root / ".minillm" / "kept" / f"{exercise.stub.stem}-{time.strftime('%Y%m%d-%H%M%S')}.py"
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +48,7 @@ def pack(course: Course, to: Path) -> list[str]:
 
     Raises CourseError if there are none. The manifest helps to find mistakes; nothing is graded by it.
     """
-    touched = [e for e in course.exercises.values() if e.stub.exists() and e.stub.read_text("utf8") != original(e)]
+    touched = [e for e in course.exercises.values() if e.stub.exists() and e.stub.read_text("utf8") != e.original()]
     if not touched:
         raise CourseError("There is nothing to submit: no exercise differs from how it was given.")
     manifest = {
@@ -69,8 +75,8 @@ def release(course: Course, to: Path) -> list[Path]:
         checks = exercise.folder / "checks.py"
         folder = to / "tests" / "exercises" / exercise.id
         texts = {
-            to / "exercises" / exercise.file_name: original(exercise),
-            folder / ORIGINAL: original(exercise),
+            to / "exercises" / exercise.file_name: exercise.original(),
+            folder / ORIGINAL: exercise.original(),
             folder / "checks.py": without_hidden(checks.read_text(encoding="utf8")),
             **({folder / "given.py": exercise.given} if exercise.given else {}),
         }

@@ -17,7 +17,7 @@ from minillm.errors import CourseError
 from minillm.lab.exercises import Course, Exercise
 from minillm.lab.grade import Grader
 from minillm.lab.isolation import LEVELS, unavailable
-from minillm.lab.stubs import sync
+from minillm.lab.release import sync
 
 MUTANTS, HINTS, TASKS, DIAGNOSED = 4, 3, range(2, 6), 0.8
 Kind = Literal["author", "stub", "solution", "mutant", "dishonest"]

@@ -12,10 +12,8 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from pathlib import Path
 
 from minillm.errors import CourseError
-from minillm.lab.exercises import Course
 
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 
@@ -34,20 +32,6 @@ def make_stub(solution: str, name: str = "solution") -> str:
     except SyntaxError as error:
         raise CourseError(f"The stub of {name} does not compile (line {error.lineno}): {error.msg}.") from None
     return stub
-
-
-def sync(course: Course, *, write: bool = True) -> list[Path]:
-    """Generate all stubs; returns those that were missing or different."""
-    stale = []
-    for solution in sorted((course.root / "solutions").glob("ex*.py")):
-        path = course.root / "exercises" / solution.name
-        stub = make_stub(solution.read_text(encoding="utf8"), solution.name)
-        if not path.exists() or path.read_text(encoding="utf8") != stub:
-            stale.append(path)
-            if write:
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(stub, encoding="utf8")
-    return stale
 
 
 def _blocks(source: str, name: str) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import json
+import linecache
 import os
 import struct
 import sys
@@ -116,7 +117,7 @@ def run(script: Json, tensors: Tensors) -> tuple[Json, Tensors]:
         limit(script["limits"])
         sys.meta_path.insert(0, Banned(script["banned_modules"]))
         with BannedOperations(script["banned_operations"]):
-            things = {"torch": torch, "given": _module("given", script["given"]), "learner": _load(path)}
+            things = {"torch": torch, "given": module_of("given", script["given"]), "learner": _load(path)}
             for step in script["steps"]:
                 at += 1
                 _take(step, things, tensors, sent, values)
@@ -243,15 +244,19 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-def _module(name: str, source: str) -> ModuleType:
-    """A module of some source that the checks brought along."""
-    module = sys.modules[name] = ModuleType(name)
-    exec(compile(source, f"<{name}>", "exec"), module.__dict__)
+def module_of(name: str, source: str) -> ModuleType:
+    """A module of some source without a file. Its lines are kept for whoever asks for them, as Triton does."""
+    module, file = ModuleType(name), f"<{name}>"
+    sys.modules[name] = module
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    exec(compile(source, file, "exec"), module.__dict__)
     return module
 
 
 def _described(error: BaseException, path: str) -> dict[str, Any]:
     """An error as data: its kind, its message, and the learner's own line that it came from."""
+    if type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+        error = error.__cause__  # Triton's interpreter wraps what a kernel raises
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     where = frames[-1] if frames else None
     return {
