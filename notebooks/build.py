@@ -33,6 +33,7 @@ from PIL import Image
 FOLDER = Path(__file__).parent
 SOURCES, THUMBNAILS = FOLDER / "src", FOLDER / "thumbnails"
 CELLS = range(25, 46)
+COLUMNS = 98  # of code that fit on a page of 900 pixels
 LARGEST = 500_000  # bytes of a notebook
 MEMORY = 4e9  # bytes of a kernel
 SECONDS = {"07": 90, "15": 90}  # of a run on two cores: reported, never asserted
@@ -126,6 +127,9 @@ def faults(notebook: NotebookNode) -> Iterator[str]:
 
 
 def _faults_of(cell: NotebookNode) -> Iterator[str]:
+    longest = max(map(len, cell.source.splitlines()), default=0)
+    if cell.cell_type == "code" and longest > COLUMNS:
+        yield f"a line of {longest} columns: the page shows {COLUMNS}"
     if "execution" in cell.metadata:
         yield "holds the time of its execution"
     for output in cell.get("outputs", []):

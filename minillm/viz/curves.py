@@ -60,11 +60,11 @@ def curves(
     for line in lines:
         if not len(line.x) == len(line.measured) == len(line.predicted or line.x) > 0:
             raise ConfigError(f"{line.name}: as many measured and predicted values as places are needed, at least one.")
-    figure = style.new_figure(0.85 + HEIGHT + 0.55)
+    figure = style.new_figure(0.75 + HEIGHT + 0.55)
     style.add_title(figure, title)
     right = max(style.text_width(line.name, style.NORMAL) for line in lines) / 72 + 0.2
     left = style.MARGIN + 0.75
-    axes = style.add_axes(figure, left=left, top=0.85, width=style.WIDTH - left - right - 0.1, height=HEIGHT)
+    axes = style.add_axes(figure, left=left, top=0.75, width=style.WIDTH - left - right - 0.1, height=HEIGHT)
     axes.set(xscale=x_scale, yscale=y_scale)
     for line in lines:
         _draw(axes, line)

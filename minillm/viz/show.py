@@ -130,6 +130,12 @@ def _display_picture(picture: Image.Image, alt: str, other_faces: dict[str, Any]
     display(faces, raw=True, metadata={"image/png": {"alt": alt, **size}})
 
 
+def fold(summary: str, text: str) -> None:
+    """Put a text on the page that opens on a click: for answers whose numbers a cell computes. `text` is Markdown."""
+    details = f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+    display({"text/markdown": details, "text/plain": f"{summary}: {text}"}, raw=True, metadata={})
+
+
 @dataclass(frozen=True)
 class Guess:
     """What the reader expects of a number that will be measured; None before anything was written down."""

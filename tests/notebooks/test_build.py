@@ -75,6 +75,7 @@ def _spoil(change: Callable[[NotebookNode], object]) -> list[str]:
         (lambda n: n.cells[3].update(execution_count=7), "top to bottom"),
         (lambda n: n.cells[3].metadata.update(execution={"iopub.execute_input": "2026"}), "time of its execution"),
         (lambda n: n.cells[3].outputs[0].data.update({"image/png": "x" * 500_000}), "500,000"),
+        (lambda n: n.cells[3].update(source="x = " + 99 * "1"), "103 columns"),
         (lambda n: n.cells.__delitem__(slice(10, None)), "10 cells"),
     ],
 )
