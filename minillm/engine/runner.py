@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,16 @@ class Drawn:
 
 
 class ModelRunner:
-    """A model, its cache, and the step from a batch to tokens. Knows nothing of requests, queues or time."""
+    """A model, its cache, and the step from a batch to tokens. Knows nothing of requests, queues or time.
+
+    Two rules between logits and tokens are attributes: `process` makes distributions of logits, `verify` tokens of
+    these.
+    """
 
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         self.model = model
+        self.process: Callable[..., Tensor] = probs_from_logits
+        self.verify: Callable[..., list[list[int]]] = verify
         self.cache = open_cache(model, config)
         replays = config.cuda_graphs and model.device.type == "cuda"
         # Quantised blocks are not replayed: their twin and their tails follow block tables on the host.
@@ -49,7 +56,7 @@ class ModelRunner:
         if logits is None:
             return Drawn([], [])
         generators = [self._generator(sequence) for sequence in batch.samplers]
-        tokens = verify(distributions(logits, batch), batch.drafts, generators)
+        tokens = self.verify(distributions(logits, batch, self.process), batch.drafts, generators)
         return Drawn(tokens, _logprobs(logits, tokens, batch))
 
     def logits(self, batch: Batch) -> Tensor | None:
@@ -89,12 +96,12 @@ def open_cache(model: Decoder, config: EngineConfig) -> PagedCache | QuantizedCa
     )
 
 
-def distributions(logits: Tensor, batch: Batch) -> Tensor:
+def distributions(logits: Tensor, batch: Batch, process: Callable[..., Tensor] = probs_from_logits) -> Tensor:
     """What each row of logits [rows, vocab_size] is drawn from under its sequence's parameters; float32, as logits."""
     params = [sequence.params for sequence, _ in batch.rows()]
     if any(p.repetition_penalty != 1 for p in params):
         logits = torch.stack([_penalized(row, *whose) for row, whose in zip(logits, batch.rows(), strict=True)])
-    return probs_from_logits(logits, params)
+    return process(logits, params)
 
 
 def _penalized(logits: Tensor, sequence: Sequence, drafts: list[int]) -> Tensor:

@@ -17,7 +17,7 @@ cases need no code:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
 
 import torch
@@ -29,59 +29,10 @@ from minillm.sampling import sample
 Marks = dict[tuple[int, int], Tensor]  # (sequence, row) -> the state of its random stream before that row
 
 
-def verify(target: Tensor, drafts: ListLike[Draft], generators: ListLike[Generator | None]) -> list[list[int]]:
-    """The new tokens of each sequence: the drafts that are accepted, then the recovered or the bonus token.
-
-    target [rows, vocab]: for each sequence the processed distributions of its 1 + k next positions, packed. Sequences
-    may have any number of drafts, none included. Tokens come to the host in one transfer. Rows behind a rejected draft
-    are drawn in vain, so the random stream goes back to where it would be without them: what a sequence draws next
-    does not depend on how many of its guesses were wrong.
-    """
-    marks: Marks = {}
-    drawn = sample(given_drafts(target, drafts), _streams(drafts, generators, marks)).tolist()
-    tokens = []
-    for index, (draft, generator) in enumerate(zip(drafts, generators, strict=True)):
-        rows, drawn = drawn[: 1 + len(draft)], drawn[1 + len(draft) :]
-        count = 1 + num_accepted(draft.tokens, rows)
-        tokens.append(rows[:count])
-        if generator is not None and (index, count) in marks:
-            generator.set_state(marks[index, count])
-    return tokens
-
-
 def num_accepted(drafts: ListLike[int], drawn: ListLike[int]) -> int:
     """How many drafts stand before the first that differs from what was drawn in its place."""
     pairs = enumerate(zip(drafts, drawn, strict=False))
     return next((place for place, (draft, token) in pairs if draft != token), min(len(drafts), len(drawn)))
-
-
-def _streams(
-    drafts: ListLike[Draft], generators: ListLike[Generator | None], marks: Marks
-) -> Iterator[Generator | None]:
-    """The generator of each row, noting its state before every row that may turn out to be void.
-
-    `sample` draws a row before it asks for the next generator.
-    """
-    for index, (draft, generator) in enumerate(zip(drafts, generators, strict=True)):
-        for row in range(1 + len(draft)):
-            if row and generator is not None:
-                marks[index, row] = generator.get_state()
-            yield generator
-
-
-def given_drafts(target: Tensor, drafts: ListLike[Draft]) -> Tensor:
-    """`target` [rows, vocab] with each row that has a drawn draft replaced by `given_draft`."""
-    rows, tokens, start = list[int](), list[int](), 0
-    for draft in drafts:
-        if draft.probs is not None:
-            rows += range(start, start + len(draft))
-            tokens += draft.tokens
-        start += 1 + len(draft)
-    if not rows:
-        return target
-    where, guesses = torch.tensor([rows, tokens], device=target.device)
-    proposal = torch.cat([draft.probs for draft in drafts if draft.probs is not None])
-    return target.index_copy(0, where, given_draft(target[where], proposal, guesses))
 
 
 def given_draft(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
@@ -97,3 +48,62 @@ def given_draft(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
     mass = residual.sum(dim=-1, keepdim=True)
     residual = torch.where(mass > 0, residual / mass, target)
     return ((1 - accept) * residual).scatter_add(-1, at_draft, accept)
+
+
+def verify(
+    target: Tensor,
+    drafts: ListLike[Draft],
+    generators: ListLike[Generator | None],
+    *,
+    given: Callable[..., Tensor] = given_draft,
+    draw: Callable[..., Tensor] = sample,
+    accepted: Callable[..., int] = num_accepted,
+) -> list[list[int]]:
+    """The new tokens of each sequence: the drafts that are accepted, then the recovered or the bonus token.
+
+    target [rows, vocab]: for each sequence the processed distributions of its 1 + k next positions, packed. Sequences
+    may have any number of drafts, none included. Tokens come to the host in one transfer. Rows behind a rejected draft
+    are drawn in vain, so the random stream goes back to where it would be without them: what a sequence draws next
+    does not depend on how many of its guesses were wrong.
+
+    Three rules, each a parameter: what is drawn from once a draft is `given`, the `draw`, how many are `accepted`.
+    """
+    marks: Marks = {}
+    drawn = draw(given_drafts(target, drafts, given), _streams(drafts, generators, marks)).tolist()
+    tokens = []
+    for index, (draft, generator) in enumerate(zip(drafts, generators, strict=True)):
+        rows, drawn = drawn[: 1 + len(draft)], drawn[1 + len(draft) :]
+        count = 1 + accepted(draft.tokens, rows)
+        tokens.append(rows[:count])
+        if generator is not None and (index, count) in marks:
+            generator.set_state(marks[index, count])
+    return tokens
+
+
+def _streams(
+    drafts: ListLike[Draft], generators: ListLike[Generator | None], marks: Marks
+) -> Iterator[Generator | None]:
+    """The generator of each row, noting its state before every row that may turn out to be void.
+
+    `draw` draws a row before it asks for the next generator.
+    """
+    for index, (draft, generator) in enumerate(zip(drafts, generators, strict=True)):
+        for row in range(1 + len(draft)):
+            if row and generator is not None:
+                marks[index, row] = generator.get_state()
+            yield generator
+
+
+def given_drafts(target: Tensor, drafts: ListLike[Draft], given: Callable[..., Tensor]) -> Tensor:
+    """`target` [rows, vocab] with each row that has a drawn draft replaced by `given(target, proposal, drafts)`."""
+    rows, tokens, start = list[int](), list[int](), 0
+    for draft in drafts:
+        if draft.probs is not None:
+            rows += range(start, start + len(draft))
+            tokens += draft.tokens
+        start += 1 + len(draft)
+    if not rows:
+        return target
+    where, guesses = torch.tensor([rows, tokens], device=target.device)
+    proposal = torch.cat([draft.probs for draft in drafts if draft.probs is not None])
+    return target.index_copy(0, where, given(target[where], proposal, guesses))

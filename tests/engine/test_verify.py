@@ -123,7 +123,9 @@ def draw(rows: Tensor, generator: Generator) -> Tensor:
     return torch.multinomial(rows, 1, generator=generator)[:, 0]
 
 
-def rounds(target: Tensor, proposal: Tensor | None, count: int, start: int, seed: int) -> Tensor:
+def rounds(
+    target: Tensor, proposal: Tensor | None, count: int, start: int, seed: int, given: GivenDraft = given_draft
+) -> Tensor:
     """What `count` sequences say in three tokens, [count, 3]: batches with 0 to 3 drafts each, all sampled.
 
     Without a proposal the guesses are fixed. Whoever is short of three tokens draws the rest from the target.
@@ -135,7 +137,7 @@ def rounds(target: Tensor, proposal: Tensor | None, count: int, start: int, seed
         drafts = _drafts(proposal, len(places), start, helper)
         rows = target[[before for draft in drafts for before in [start, *draft.tokens]]]
         generators = [Generator().manual_seed(seed * count + place) for place in places]
-        for place, tokens in zip(places, verify(rows, drafts, generators), strict=True):
+        for place, tokens in zip(places, verify(rows, drafts, generators, given=given), strict=True):
             said[place, : len(tokens)] = torch.tensor(tokens)
     for place in (1, 2):
         said[:, place] = torch.where(said[:, place] < 0, draw(target[said[:, place - 1]], helper), said[:, place])
@@ -179,14 +181,13 @@ def test_chi_square_of_ragged_batches(drawn: bool) -> None:
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_chi_square_rejects(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chi_square_rejects(name: str) -> None:
     target, proposal = tables()
-    monkeypatch.setattr(module, "given_draft", MUTANTS[name])
-    said = rounds(target, proposal, SAMPLES, start=0, seed=1)
+    said = rounds(target, proposal, SAMPLES, start=0, seed=1, given=MUTANTS[name])
     assert chi_square_of_runs(said, target, 0) > limit(125)
 
 
-def test_chi_square_rejects_drafts_that_were_drawn_from_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chi_square_rejects_drafts_that_were_drawn_from_something_else() -> None:
     """Trap 39: drafts drawn from the plain proposal, while the ratio uses the processed one."""
     target, proposal = tables()
     plain = (proposal + 0.1) / 1.5
@@ -194,8 +195,8 @@ def test_chi_square_rejects_drafts_that_were_drawn_from_something_else(monkeypat
     def lying(target: Tensor, probs: Tensor, drafts: Tensor) -> Tensor:
         return given_draft(target, 1.5 * probs - 0.1, drafts)
 
-    monkeypatch.setattr(module, "given_draft", lying)
-    assert chi_square_of_runs(rounds(target, plain, SAMPLES, start=0, seed=1), target, 0) > limit(125)
+    said = rounds(target, plain, SAMPLES, start=0, seed=1, given=lying)
+    assert chi_square_of_runs(said, target, 0) > limit(125)
 
 
 # --- random streams --------------------------------------------------------------------------------------------------
