@@ -95,7 +95,8 @@ def intensity_figure(
     if len(predicted) < 2 or not counted:
         raise ConfigError(f"{len(predicted)} predictions and {len(counted)} counts: give at least two and one.")
     figure = style.new_figure(4.3)
-    style.add_title(figure, "A batch lifts the linear layers over the ridge; attention stays where it was")
+    over = " over the ridge" if predicted[-1].linear > max(ridges.values(), default=0.0) else ""
+    style.add_title(figure, f"A batch lifts the linear layers{over}; attention stays where it was")
     axes = style.add_row(figure, top=0.6, height=3.05, left=0.65)
     axes.set(xscale="log", yscale="log", xlabel="batch, sequences", ylabel="FLOP per byte of weights or KV")
     batches = [row.batch for row in predicted]
