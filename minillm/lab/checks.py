@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from minillm.lab.compare import difference
-from minillm.lab.sandbox import Limits, Reply, Script
+from minillm.lab.protocol import Limits, Reply, Script
 from minillm.lab.worker import Tensors, pack
 
 Accepts = Callable[[Any], str | None]
@@ -192,7 +192,11 @@ class Failure:
 def judge(case: Case, reply: Reply) -> Failure | None:
     """What is wrong with the values that came back; None if all of them are as expected."""
     for expectation, value in zip(case.expectations, reply.values, strict=False):
-        if wrong := expectation.accepts(value):
+        try:
+            wrong = expectation.accepts(value)
+        except Exception as error:  # nobody foresaw this value: it is wrong, and no reason for the grader to stop
+            wrong = f"got {describe(value)}, which cannot be judged ({type(error).__name__})"
+        if wrong:
             return Failure(case.calls(expectation.step), f"{expectation.text}: {wrong}", expectation.why)
     return None
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.lab.sandbox import Foreign
+from minillm.lab.protocol import Foreign
 
 SHOWN = 4  # numbers around the first difference
 
@@ -44,7 +44,7 @@ def _tensor_difference(got: Tensor, expected: Tensor, atol: float, rtol: float) 
         return f"expected shape {list(expected.shape)}, got {list(got.shape)}"
     if got.dtype != expected.dtype:
         return f"expected dtype {expected.dtype}, got {got.dtype}"
-    wrong = ~got.isclose(expected, atol=atol, rtol=rtol, equal_nan=True)
+    wrong = ~got.double().isclose(expected.double(), atol=atol, rtol=rtol, equal_nan=True)
     if not wrong.any():
         return None
     first = tuple(int(i) for i in wrong.nonzero()[0])

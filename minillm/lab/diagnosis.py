@@ -8,7 +8,8 @@ from zlib import crc32
 from minillm.lab.checks import Case, Check
 from minillm.lab.compare import same
 from minillm.lab.exercises import Exercise, Mutant
-from minillm.lab.sandbox import Reply, Sandbox
+from minillm.lab.protocol import Reply
+from minillm.lab.sandbox import Sandbox
 
 
 def draw(exercise: Exercise, check: Check, seed: int) -> Case:

@@ -11,9 +11,10 @@ from typing import Any
 from minillm.lab.checks import Case, Check, Failure, judge
 from minillm.lab.diagnosis import Diagnosis, draw, run
 from minillm.lab.exercises import Exercise
+from minillm.lab.protocol import Reply
 from minillm.lab.results import CheckResult, Result
 from minillm.lab.rules import Refusal, read
-from minillm.lab.sandbox import Reply, Sandbox
+from minillm.lab.sandbox import Sandbox
 
 Progress = Callable[[Check], None]
 
@@ -88,7 +89,7 @@ class Grader:
 
     def _sandbox(self, exercise: Exercise) -> Sandbox:
         if exercise.preload not in self._open:
-            self._open[exercise.preload] = Sandbox(self.isolation, preload=exercise.preload)
+            self._open[exercise.preload] = Sandbox(self.isolation, preload=exercise.preload, hide=(exercise.root,))
         return self._open[exercise.preload]
 
     def _explained(
@@ -108,7 +109,7 @@ def _judged(check: Check, case: Case, reply: Reply) -> CheckResult:
     if status == "ok":
         status = "passed" if len(reply.values) == len(case.expectations) else "garbled"
     if status == "error":
-        status, failure = _raised(case, reply.error)
+        status, failure = _raised(case, reply)
     elif status in STOPPED:
         sentence = STOPPED[status].format(check.limits, megabytes=check.limits.memory_bytes >> 20)
         failure = Failure(case.calls(), sentence)
@@ -126,12 +127,13 @@ def _judged(check: Check, case: Case, reply: Reply) -> CheckResult:
     )
 
 
-def _raised(case: Case, error: dict[str, Any]) -> tuple[str, Failure]:
+def _raised(case: Case, reply: Reply) -> tuple[str, Failure]:
     """An error that the learner's code raised: what it says, and the learner's own line."""
-    calls, message = case.calls(error.get("step")), str(error.get("message", ""))
-    if error.get("type") == "NotImplementedError":
+    error = {"type": "an error", "message": "", "code": "", "function": "", **reply.error}
+    calls, message = case.calls(reply.step), error["message"]
+    if error["type"] == "NotImplementedError":
         return "todo", Failure(calls, message)
-    if error.get("type") == "MemoryError" or "can't allocate memory" in message:
+    if error["type"] == "MemoryError" or "can't allocate memory" in message:
         return "memory", Failure(calls, f"there is not enough memory: {message}")
-    where = f"\n  line {error['line']}, in {error['function']}:  {error['code']}" if error.get("line") else ""
-    return "error", Failure(calls, f"{error.get('type')}: {message}{where}")
+    where = f"\n  line {error['line']}, in {error['function']}:  {error['code']}" if "line" in error else ""
+    return "error", Failure(calls, f"{error['type']}: {message}{where}")

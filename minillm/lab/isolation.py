@@ -51,16 +51,26 @@ class Launch:
     end: tuple[str, ...] = ()
 
 
-def launch(level: str, folder: str, preload: Sequence[str]) -> Launch:
-    """How to start a worker of a level that may write in `folder` and imports `preload` ahead of all scripts.
-
-    Raises CourseError for an unknown level, GraderError for one that is not available on this machine.
-    """
+def check_available(level: str) -> None:
+    """Raise CourseError for an unknown level, GraderError for one that is not available on this machine."""
     if level not in LEVELS:
         raise CourseError(f"{level!r} is no level of isolation. Choose one of: {', '.join(LEVELS)}.")
     if reason := unavailable(level):
         raise GraderError(f"Isolation {level!r} is not available here: {reason}")
-    return {"process": _process, "namespace": _namespace, "container": _container}[level](folder, preload)
+
+
+def launch(level: str, folder: str, preload: Sequence[str], hide: Sequence[Path] = ()) -> Launch:
+    """How to start a worker of a level that may write in `folder` and imports `preload` ahead of all scripts.
+
+    hide: folders that a namespace must not show, beside this package and its answers.
+    """
+    if level == "namespace":
+        return Launch([*_bubble(hide), sys.executable, *_python("/worker.py", preload)], nobody=os.getuid() == 0)
+    if level == "container":
+        engine, name = str(_engine()), Path(folder).name
+        return Launch(container(engine, name, preload), dict(os.environ), end=(engine, "kill", name))
+    argv = [sys.executable, *_python(str(Path(worker.__file__).resolve()), preload)]
+    return Launch(argv, {**ENVIRONMENT, "HOME": folder, "TMPDIR": folder})
 
 
 @cache
@@ -96,21 +106,7 @@ def _python(script: str, preload: Sequence[str]) -> list[str]:
     return ["-I", "-B", script, *preload]
 
 
-def _process(folder: str, preload: Sequence[str]) -> Launch:
-    argv = [sys.executable, *_python(str(Path(worker.__file__).resolve()), preload)]
-    return Launch(argv, {**ENVIRONMENT, "HOME": folder, "TMPDIR": folder})
-
-
-def _namespace(folder: str, preload: Sequence[str]) -> Launch:
-    return Launch([*_bubble(), sys.executable, *_python("/worker.py", preload)], nobody=os.getuid() == 0)
-
-
-def _container(folder: str, preload: Sequence[str]) -> Launch:
-    engine, name = str(_engine()), Path(folder).name
-    return Launch(container(engine, name, preload), dict(os.environ), end=(engine, "kill", name))
-
-
-def _bubble() -> list[str]:
+def _bubble(hide: Sequence[Path] = ()) -> list[str]:
     """bubblewrap's options. What is bound later lies on top: first the system, then Python, then what hides."""
     options = [str(shutil.which("bwrap")), "--unshare-all", "--die-with-parent", "--clearenv", "--cap-drop", "ALL"]
     if os.getuid() == 0:  # a worker of root makes its scripts nobody's, so that limits on processes count
@@ -131,7 +127,7 @@ def _bubble() -> list[str]:
     shown = _python_folders()
     for path in shown:
         options += [*_parents(path), "--ro-bind", str(path), str(path)]
-    for path in _hidden(shown):
+    for path in _hidden(shown, hide):
         options += ["--tmpfs", str(path), "--remount-ro", str(path)]
     return [*options, "--ro-bind", str(Path(worker.__file__).resolve()), "/worker.py", "--chdir", "/tmp"]
 
@@ -149,10 +145,10 @@ def _parents(path: Path) -> list[str]:
     return [word for parent in reversed(path.parents[:-1]) for word in ("--dir", str(parent))]
 
 
-def _hidden(shown: Sequence[Path]) -> list[Path]:
-    """Folders that hold answers and would be seen: this package, its repository, transformers."""
+def _hidden(shown: Sequence[Path], hide: Sequence[Path]) -> list[Path]:
+    """Folders that hold answers and would be seen: the course, this package, transformers."""
     spec = find_spec("transformers")
-    answers = [PACKAGE, *map(Path, (spec.submodule_search_locations if spec else None) or ())]
+    answers = [*hide, PACKAGE, *map(Path, (spec.submodule_search_locations if spec else None) or ())]
     return [path for path in answers if any(path.is_relative_to(folder) for folder in (*shown, Path("/usr")))]
 
 

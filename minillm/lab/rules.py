@@ -44,13 +44,14 @@ def read(data: bytes | None, exercise: Exercise, *, strict: bool = True) -> str 
 
 
 def forbidden(tree: ast.AST, exercise: Exercise) -> Refusal | None:
-    """The first line that breaks a rule of the exercise."""
+    """The first line that breaks a rule of the exercise. A function of one's own may have a banned one's name."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     for node in ast.walk(tree):
         for name in _imported(node):
             if name.partition(".")[0] not in exercise.allowed:
                 return _refuse(node, exercise, f"imports {name}", f"may import: {', '.join(exercise.allowed[1:])}")
         name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        if name in exercise.banned_operations:
+        if name in exercise.banned_operations and not (isinstance(node, ast.Name) and name in own):
             return _refuse(node, exercise, f"uses {name}", "asks you to write that yourself")
         if isinstance(node, ast.Name) and name in WAYS_AROUND:
             return _refuse(node, exercise, f"uses {name}", "needs no such thing")
