@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from minillm.errors import ConfigError
 from minillm.measure.intensity import BatchIntensity
+from minillm.measure.roof import Roof
 from minillm.measure.roofline import Point, RooflineRun
 from minillm.measure.units import number
 from minillm.viz import style
@@ -20,7 +22,7 @@ PARTS = {  # what is drawn of an intensity: its name, marker, line and fill
     "step": ("whole step", "s", style.DECODE_INK, style.DECODE),
     "attention": ("attention", "D", style.KV_CACHE, "white"),
 }
-MARKERS, FILLS = "sD^", (style.DECODE, "white", "#ffe3b3")  # of decodes, one for each context
+MARKERS, SIGNS, FILLS = "sD^", "■◇▲", (style.DECODE, "white", "#ffe3b3")  # of decodes, one for each context
 
 
 @style.SHEET
@@ -38,29 +40,29 @@ def batch_figure(run: RooflineRun) -> Figure:
         style.add_axes(figure, left=LEFT + place * (PANEL + GAP), top=0.85, width=PANEL, height=2.25)
         for place in range(2)
     )
-    for index, (context, group) in enumerate(groupby(decodes, key=lambda p: p.context)):
-        points = list(group)
-        bounds = [run.roof.seconds(p.flops, p.least_bytes) for p in points]
-        look = {"marker": MARKERS[index % 3], "mfc": FILLS[index % 3], "mec": style.DECODE_INK}
-        batches = [p.batch for p in points]
-        for axes, scale in ((rate, _per_second), (wait, _milliseconds)):
-            axes.plot(batches, [scale(p, t) for p, t in zip(points, bounds, strict=True)], color=style.QUIET, lw=1.0)
-            axes.plot(batches, [scale(p, p.timing.best) for p in points], ls="none", ms=5.5, zorder=3, **look)  # type: ignore[arg-type]
-        wait.annotate(
-            f"context {context}", (batches[-1], _milliseconds(points[-1], points[-1].timing.best)), (-8, 3),
-            textcoords="offset points", ha="right", size=style.SMALL,
-        )  # fmt: skip
+    for index, (_, points) in enumerate(groupby(decodes, key=lambda point: point.context)):
+        _draw_context(rate, wait, run.roof, list(points), index)
+    contexts = dict.fromkeys(point.context for point in decodes)
+    key = "     ".join(f"{SIGNS[index % 3]} context {context}" for index, context in enumerate(contexts))
+    figure.text(
+        1 - style.MARGIN / style.WIDTH, 1 - 0.42 / figure.get_figheight(),
+        f"{key}     line: no faster on this machine", ha="right", va="top", size=style.SMALL, color=style.QUIET,
+    )  # fmt: skip
+    batches = sorted({point.batch for point in decodes})
     _finish(rate, batches, "New tokens per second, all together", "tokens/s")
     _finish(wait, batches, "What each of them waits for a token", "TPOT, ms")
     return figure
 
 
-def _per_second(point: Point, seconds: float) -> float:
-    return point.batch / seconds
-
-
-def _milliseconds(point: Point, seconds: float) -> float:
-    return 1e3 * seconds
+def _draw_context(rate: Axes, wait: Axes, roof: Roof, points: Sequence[Point], index: int) -> None:
+    """The points of one context, and the line that the roof allows them."""
+    look: dict[str, Any] = {"marker": MARKERS[index % 3], "mfc": FILLS[index % 3], "mec": style.DECODE_INK, "ms": 5.5}
+    batches = [point.batch for point in points]
+    bounds = [roof.seconds(point.flops, point.least_bytes) for point in points]
+    times = [point.timing.best for point in points]
+    for seconds, drawn in ((bounds, {"color": style.QUIET, "lw": 1.0}), (times, {"ls": "none", "zorder": 3} | look)):
+        rate.plot(batches, [batch / time for batch, time in zip(batches, seconds, strict=True)], **drawn)
+        wait.plot(batches, [1e3 * time for time in seconds], **drawn)
 
 
 def _finish(axes: Axes, batches: Sequence[int], title: str, unit: str) -> None:
@@ -79,9 +81,7 @@ def _batch_title(decodes: Sequence[Point]) -> str:
     one, many = shortest[0], shortest[-1]
     slower = many.timing.best / one.timing.best
     gain = many.batch / one.batch / slower
-    return (
-        f"Batch {many.batch}: {number(gain)}× the tokens per second, for {number(slower)}× the wait. Lines: the bound"
-    )
+    return f"Batch {many.batch}: {number(gain)}× the tokens per second, for {number(slower)}× the wait"
 
 
 @style.SHEET
