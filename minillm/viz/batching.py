@@ -56,13 +56,15 @@ def batch_figure(run: RooflineRun) -> Figure:
 
 def _draw_context(rate: Axes, wait: Axes, roof: Roof, points: Sequence[Point], index: int) -> None:
     """The points of one context, and the line that the roof allows them."""
-    look: dict[str, Any] = {"marker": MARKERS[index % 3], "mfc": FILLS[index % 3], "mec": style.DECODE_INK, "ms": 5.5}
+    line: dict[str, Any] = {"color": style.QUIET, "lw": 1.0}
+    dots: dict[str, Any] = {"marker": MARKERS[index % 3], "mfc": FILLS[index % 3], "mec": style.DECODE_INK}
+    dots |= {"ls": "none", "ms": 5.5, "zorder": 3}
     batches = [point.batch for point in points]
     bounds = [roof.seconds(point.flops, point.least_bytes) for point in points]
     times = [point.timing.best for point in points]
-    for seconds, drawn in ((bounds, {"color": style.QUIET, "lw": 1.0}), (times, {"ls": "none", "zorder": 3} | look)):
-        rate.plot(batches, [batch / time for batch, time in zip(batches, seconds, strict=True)], **drawn)
-        wait.plot(batches, [1e3 * time for time in seconds], **drawn)
+    for seconds, look in ((bounds, line), (times, dots)):
+        rate.plot(batches, [batch / time for batch, time in zip(batches, seconds, strict=True)], **look)
+        wait.plot(batches, [1e3 * time for time in seconds], **look)
 
 
 def _finish(axes: Axes, batches: Sequence[int], title: str, unit: str) -> None:
