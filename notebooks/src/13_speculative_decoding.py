@@ -1,0 +1,611 @@
+# %% [markdown]
+"""
+# 13 · Speculative decoding
+
+**Can the big model check instead of write?**
+
+45 minutes · needs 04, 05 and 08 · runs offline on a CPU
+
+A decode step reads all weights to write one token. The step would hardly take longer if it had five tokens to work on. So let
+somebody cheap guess a few tokens ahead, and let the model check all of them in one step. This lesson builds that, shows
+that the text stays exactly the same, and measures what it buys and where it loses.
+"""
+
+# %%
+import torch
+
+from minillm import SamplingParams, load_model, load_tokenizer, prefill
+from minillm.claims import CLAIMS, Workbench
+from minillm.config import EngineConfig
+from minillm.engine.engine import Engine
+from minillm.engine.verify import given_draft, num_accepted
+from minillm.generate import generate
+from minillm.measure.bench import interleaved
+from minillm.measure.bench_spec import bench_prompts, bench_spec, crossover_batch
+from minillm.measure.datasheets import DATASHEETS
+from minillm.measure.roof import Roof, expected_tokens, speculative_speedup, step_seconds
+from minillm.measure.stepper import StepRunner
+from minillm.measure.steps import verify_step
+from minillm.model.shapes import named_shape
+from minillm.sampling import probs_from_logits
+from minillm.speculative import SpecDecodingStats, attach
+from minillm.speculative.rounds import rounds
+from minillm.speculative.tree import verify_tree
+from minillm.viz import style
+from minillm.viz.curves import Curve, curves
+from minillm.viz.lanes import verification_lanes
+from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
+from minillm.viz.speculation import Sweep, acceptance_lengths, output_distributions, speedups
+
+model = load_model("tiny", device="cpu", dtype="float32", progress=False)
+small = load_model("tiny-draft", device="cpu", dtype="float32", progress=False)
+tokenizer = load_tokenizer("tiny")
+texts = {token: tokenizer.decode([token]) for token in range(model.config.vocab_size)}
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+print(this_machine())
+
+# %% [markdown]
+"""
+## Predict
+
+A model of 135 million weights decodes one sequence. A plain step works on one token. A *check* of four guesses works on
+five: the newest token and the four behind it. That is five times the arithmetic.
+
+**How many times as long does the check take?** Write your number in place of the dots.
+"""
+
+# %%
+guess = predict("Time of a step that checks 4 guesses, over a plain step", ..., "×")
+
+# %% [markdown]
+"""
+## A toy: guess by looking back
+
+The "model" below knows a rhyme by heart and says its next letter. The guesser has never heard of the rhyme. It looks at the last two
+letters, finds the place where they stood before, and guesses that the same three letters will follow.
+"""
+
+# %%
+rhyme = "row row row your boat gently down the stream row row row your boat"
+said, checks = rhyme[:8], 0
+while len(said) < len(rhyme):
+    place = said.rfind(said[-2:], 0, -1)  # where the last two letters stood before
+    guesses = said[place + 2 : place + 5] if place >= 0 else ""
+    truth = rhyme[
+        len(said) : len(said) + len(guesses) + 1
+    ]  # one look at the model: a letter for every place
+    right = num_accepted(guesses, truth)
+    said, checks = said + truth[: right + 1], checks + 1
+    if right:
+        print(f"guessed {guesses!r:6} {right} right, so {truth[: right + 1]!r} is said at once")
+print(
+    f"{len(rhyme) - 8} letters in {checks} looks at the model, not one of them wrong: {said == rhyme}"
+)
+
+# %% [markdown]
+"""
+Look at what makes this safe. The guesser decides nothing. At each place the model says its own letter, and a guess counts
+only if it is that letter. A wrong guess costs the guesses behind it, for they were made for another text. And every look
+brings at least one letter, because **the model's own letter at the first wrong place is right by definition**.
+
+The guesses are called *drafts*. Their number is γ (gamma). The token that replaces a wrong draft is *recovered*; the one
+behind drafts that were all right is a *bonus*.
+
+## The real model
+
+The embedded model completes a class, and an n-gram guesser looks back in the text as in the toy, at the longest end
+of it that stood there before. Each round is one step of the engine. Prefill comes first and is left out.
+"""
+
+
+# %%
+def serve(who, text, params=GREEDY, **settings):
+    """All rounds of one request, in an engine with this guesser."""
+    settings = {
+        "num_speculative_tokens": 4,
+        "adaptive_drafts": False,
+        "num_blocks": 200,
+    } | settings
+    engine = Engine(model, EngineConfig(**settings))
+    attach(who, engine, tokenizer, device="cpu", dtype="float32")
+    return list(rounds(engine, tokenizer.encode(text), params)), engine
+
+
+point = (
+    "class Point:\n    def __init__(self, x, y):\n        self.x = x\n        self.y = y\n\n"
+    "class Circle:\n    def __init__("
+)
+looked_up, engine = serve("ngram", point)
+print(repr(tokenizer.decode([token for one in looked_up for token in one.said])))
+
+# %% tags=["thumbnail"]
+show(
+    verification_lanes(looked_up[1:9], texts),
+    alt="Eight rounds of speculation, two lanes each. Violet cells are accepted guesses, white struck-out cells a rejected "
+    "one, amber cells the model's own token: recovered below the rejected guess, or a bonus behind four right ones.",
+)
+
+# %% [markdown]
+"""
+Read a round from left to right. A violet cell with an **A** is a guess that the model would have written itself. The
+first wrong guess is struck out, the ones behind it are void, and below it in amber stands what the model says there. The
+times on the right are measured: looking up costs nearly nothing, and one check costs about the same however many guesses are right.
+
+What would prove the figure wrong: an amber token below a guess that says the same.
+
+The second guesser is a *draft model*: the same kind of model, with a tenth of the weights. It writes four tokens one
+after the other, and they are checked together.
+"""
+
+# %%
+written, _ = serve(
+    "draft", "def area(width, height):\n    return width * height\n\ndef volume("
+)
+weights = [sum(weight.numel() for weight in one.parameters()) for one in (model, small)]
+print(f"{weights[0]:,} weights check the guesses of {weights[1]:,}")
+show(
+    verification_lanes(written[1:9], texts),
+    alt="Eight rounds with a draft model as the guesser: between none and four of four guesses are accepted in a round.",
+)
+
+# %% [markdown]
+"""
+It guesses where the text has never stood before, which no lookup can. It is wrong more often, and look at the times:
+on a CPU a step of a tiny model is mostly overhead, so four draft steps are dear. We come back to that.
+
+## What a check looks like to the engine
+
+Nothing new. A check is a query of 1 + k tokens in the packed batch, like a chunk of a prompt (lesson 11). It asks for
+the logits of all its rows instead of the last. Drafts are written into the KV cache before they are checked; a wrong one is taken
+back by a counter.
+"""
+
+# %%
+part = next(part for record in engine.trace for part in record.sequences if part.num_drafts)
+print("tokens computed before this step:", part.num_computed)
+print(
+    f"tokens of this step [1 + k]:      {part.num_scheduled}, of them {part.num_drafts} drafts"
+)
+print(f"rows of logits [1 + k, vocab]:    {[1 + part.num_drafts, model.config.vocab_size]}")
+print(f"keys that the last row sees:      {part.kv_len}")
+print(
+    f"accepted: {part.num_accepted}, so the cache counts {part.num_computed + 1 + part.num_accepted}"
+)
+
+# %% [markdown]
+"""
+## Speculation in a dozen lines
+
+One sequence, greedy, on the contiguous cache of lesson 03. `roll_back` is there for a mutant below; leave it.
+"""
+
+
+# %%
+@torch.inference_mode()
+def speculate(tokens, new, guesser, roll_back=True):
+    """`new` greedy tokens behind these; guesser(tokens) -> a few guesses."""
+    tokens, end = list(tokens), len(tokens) + new
+    _, cache = prefill(model, tokens[:-1])
+    while len(tokens) < end:
+        guesses = guesser(tokens)
+        rows = torch.tensor([tokens[-1], *guesses])
+        places = torch.arange(cache.num_tokens, cache.num_tokens + len(rows))
+        choices = model.logits(model(rows, places, cache.attend)).argmax(-1).tolist()
+        tokens += choices[: num_accepted(guesses, choices) + 1]
+        cache.num_tokens = len(tokens) - 1 if roll_back else cache.num_tokens + len(rows)
+    return tokens[end - new : end]
+
+
+def copycat(tokens):
+    """Guess that the last four tokens come again."""
+    return tokens[-4:]
+
+
+prompt = tokenizer.encode(point)
+plain = list(generate(model, prompt, GREEDY))
+print("ours = one by one:       ", speculate(prompt, 40, copycat) == plain)
+for name, told in (("n-gram", looked_up), ("draft", serve("draft", point)[0])):
+    text = [token for one in told for token in one.said]
+    print(f"engine, {name:6} = one by one:", text == plain)
+
+# %% [markdown]
+"""
+Token for token, whoever guesses: the guesser decides about time, never about text.
+
+## And when tokens are drawn?
+
+With a temperature the model does not choose, it draws (lesson 04). Then "the model would have written the same" has no
+meaning. The rule of Leviathan et al. and of Chen et al. (2023) works on probabilities instead. A guess `x` was drawn from the draft
+model's distribution `q`; the model's is `p`.
+
+1. Accept `x` with probability `min(1, p(x) / q(x))`: what the draft model likes too much is kept less often.
+2. Otherwise draw from `max(p − q, 0)`, made to sum to 1: what the draft model proposes too rarely.
+
+A guess that was not drawn (a lookup) needs neither: draw from `p`, and see whether it is the guess.
+
+Is the result distributed as `p`? For a small vocabulary one need not sample: go through every guess that could be drawn and
+everything that could follow, and add up. We take both real models in a real place, and their ten likeliest tokens.
+"""
+
+# %%
+place = tokenizer.encode(
+    "def area(width, height):\n    return width * height\n\ndef volume(width, "
+)
+free = SamplingParams(temperature=1.0)
+pair = [
+    probs_from_logits(prefill(one, place)[0][None], [free])[0].double()
+    for one in (model, small)
+]
+likeliest = (pair[0] + pair[1]).topk(10).indices
+p, q = (one[likeliest] / one[likeliest].sum() for one in pair)
+
+
+def comes_out(rule):
+    """The sum over all guesses x: q(x) times the distribution of the token that comes out for x."""
+    guesses = torch.arange(len(p))
+    return q @ rule(p.expand(len(p), -1), q.expand(len(p), -1), guesses)
+
+
+def recover_from_p(p, q, guesses):
+    """The mutant: a rejected guess is replaced by a plain draw from p."""
+    accept = (p / q).clamp(max=1).gather(-1, guesses[:, None])
+    return ((1 - accept) * p).scatter_add(-1, guesses[:, None], accept)
+
+
+rules = {
+    "accept with p / q, recover from max(p − q, 0)": comes_out(given_draft),
+    "mutant: recover from p": comes_out(recover_from_p),
+}
+show(
+    output_distributions(
+        p, q, rules, [style.token_label(texts[int(token)]) for token in likeliest]
+    ),
+    alt="Two bar charts over ten tokens. With the right rule the bars of what comes out end exactly at the ticks of the "
+    f"target. With the mutant they are off by up to {float((rules['mutant: recover from p'] - p).abs().max()):.2g}.",
+)
+
+# %% [markdown]
+"""
+**First mutant, broken already.** Recovering from `p` looks harmless: `p` is what we want, after all. But the accepted guesses
+have brought their share of `p`, and the mutant hands it out again: look where the circles stand above the ticks. Nothing raises, the text
+reads well, and every token that the draft model likes comes too often. Only a test of the *distribution* finds it.
+
+The package's rule in the engine, where guesses of a lookup leave even the random draws untouched:
+"""
+
+# %%
+warm = SamplingParams(temperature=0.8, top_p=0.95, seed=7, max_tokens=40, ignore_eos=True)
+drawn = [token for one in serve("ngram", point, warm)[0] for token in one.said]
+print("sampled, n-gram = one by one, same seed:", drawn == list(generate(model, prompt, warm)))
+
+# %% [markdown]
+"""
+## Measure: what does a check cost?
+
+A model of 135 million random weights, which no cache of the processor holds: a plain step reads them all from memory. We time steps
+that check 0 to 16 guesses, for one sequence and for sixteen. The formula knows two numbers of this machine, byte/s
+and FLOP/s, and takes the longer of the two times (lesson 05).
+"""
+
+# %%
+bench = Workbench()
+numbers = [0, 1, 2, 4, 8, 16]
+measured, predicted = {}, {}
+for batch in (1, 16):
+    steps = {count: verify_step(128, drafts=count, batch=batch) for count in numbers}
+    runs = {str(count): StepRunner(bench.timed, step) for count, step in steps.items()}
+    best = [timing.best for timing in interleaved(runs, repeats=5).values()]
+    bound = [
+        step_seconds(bench.timed.config, step, bench.timed.dtype.itemsize, bench.roof)
+        for step in steps.values()
+    ]
+    measured[batch] = [one / best[0] for one in best]
+    predicted[batch] = [one / bound[0] for one in bound]
+    print(
+        f"batch {batch:2}: a plain step takes {1e3 * best[0]:.1f} ms, one that checks 4 {1e3 * best[3]:.1f} ms"
+    )
+print(this_machine())
+
+# %%
+four = measured[1][numbers.index(4)]
+show(
+    curves(
+        f"Checking 4 guesses takes {four:.1f} plain steps alone, {measured[16][3]:.1f} in a batch of 16",
+        [
+            Curve("batch 1", numbers, measured[1], predicted[1], style.DRAFT, "o"),
+            Curve("batch 16", numbers, measured[16], predicted[16], style.INK, "s"),
+        ],
+        x="guesses checked in one step",
+        y="Time over that of a plain step of the same batch",
+        unit="×",
+        y_scale="linear",
+    ),
+    alt="Time of a check over that of a plain step, against guesses. For one sequence it grows slowly: "
+    f"{four:.1f} at four guesses. For sixteen it grows almost in proportion: {measured[16][3]:.1f} at four.",
+)
+
+# %%
+guess.against(four)
+
+# %% [markdown]
+"""
+For one sequence the step waits for weights, and more rows ride along. For sixteen it already works on sixteen rows;
+times five is eighty, and now the arithmetic is what it waits for. **Speculation spends arithmetic that would lie idle. A
+batch spends it, too.** Where the points lie above the lines, something else than the two ceilings takes its time:
+starting operators, and products with few rows that do not run at full rate.
+
+## How far do guesses carry?
+
+If each guess is right with probability α, independently, a check of γ guesses brings
+`E = 1 + α + α² + … + α^γ = (1 − α^(γ+1)) / (1 − α)` tokens. We serve held-out Python files, which neither model was trained
+on, and count.
+"""
+
+# %%
+held_out = bench_prompts(tokenizer, "held-out", 8, 192)
+GAMMAS = [1, 2, 4, 8]
+
+
+def sweep(who, batches, gammas):
+    """A row of measurements for each batch and each γ."""
+    engine = Engine(model, EngineConfig(adaptive_drafts=False, num_blocks=400))
+    attach(who, engine, tokenizer, device="cpu", dtype="float32")
+    size = dict(max_tokens=32, repeats=2)
+    return [
+        row
+        for batch in batches
+        for row in bench_spec(
+            engine, held_out[: max(4, batch)], batch=batch, num_drafts=gammas, **size
+        )
+    ]
+
+
+by_gamma = [Sweep(who, sweep(who, [1], GAMMAS)) for who in ("ngram", "draft")]
+for one in by_gamma:
+    stats = one.rows[2].stats
+    print(
+        f"{one.name:5}, γ=4: {stats.num_drafts} drafts, {stats.num_draft_tokens} draft tokens, "
+        f"{stats.num_accepted_tokens} accepted, by position "
+        f"{[round(rate, 2) for rate in stats.acceptance_rate_per_pos]}"
+    )
+
+# %%
+show(
+    acceptance_lengths(by_gamma),
+    alt="Tokens per verification against γ for n-grams and the draft model, counted, over the curve of the formula. Both "
+    "flatten: the first wrong guess voids those behind it.",
+)
+
+# %% [markdown]
+"""
+The names are vLLM's: a *draft* is one check of several *draft tokens*. The formula gets one α for the whole line. Points above it at large
+γ say that guesses are not independent: a lookup that has begun to copy the right place goes on being right.
+
+## What does it buy, and where does it lose?
+
+A guess costs c plain steps, so the speed-up should be `E / (γ·c + 1)`. That is the formula of the paper, to which a check is as
+cheap as a plain step. The dashes put in what a check really took, and for how many steps there was a guess at all.
+"""
+
+# %%
+by_batch = [Sweep(one.name, sweep(one.name, [1, 4, 8], [4])) for one in by_gamma]
+print(this_machine())
+for one in (*by_gamma, *by_batch):
+    for row in one.rows:
+        print(
+            f"{one.name:5} γ={row.num_drafts} batch {row.batch}: measured {row.speedup.median:.2f}, formula "
+            f"{row.formula:.2f}, as served {row.formula_as_served:.2f}; a guess costs {row.draft_cost:.2f} steps"
+        )
+
+# %%
+show(
+    speedups(by_gamma, by_batch),
+    alt="Two panels of measured speed-ups over two formulas: against γ at batch 1, and against the batch at γ = 4. "
+    "N-grams gain; the draft model, whose guesses are dear here, is near or below 1.",
+)
+
+# %% [markdown]
+"""
+**Where it loses, honestly.** The draft model of this lesson has a tenth of the weights, but on a CPU it costs a large part of a step,
+because both are too small to wait for memory. The printed c says how much. A guess must be much cheaper than a step *in time*;
+in weights is not enough. N-grams cost nothing and win where a text repeats itself, which code does. And the larger the
+batch, the less a check is for free.
+
+## Two refinements
+
+**Adaptive drafts.** Who was wrong last time guesses less: one token more than were right, twice as many after all were.
+The engine does that by default (`adaptive_drafts`). It saves guesses in vain, and pays with more steps:
+"""
+
+# %%
+print("guesser  drafts     steps  guessed  in vain  tokens per check")
+for who in ("ngram", "draft"):
+    for adaptive in (False, True):
+        settings = EngineConfig(
+            num_speculative_tokens=8, adaptive_drafts=adaptive, num_blocks=400
+        )
+        engine = Engine(model, settings)
+        attach(who, engine, tokenizer, device="cpu", dtype="float32")
+        for one in held_out[:3]:
+            list(rounds(engine, one, GREEDY))
+        stats = SpecDecodingStats.of(engine.trace)
+        vain = stats.num_draft_tokens - stats.num_accepted_tokens
+        kind = "adaptive" if adaptive else "always 8"
+        print(
+            f"{who:8} {kind:9} {len(engine.trace):6} {stats.num_draft_tokens:8} {vain:8} "
+            f"{stats.mean_acceptance_length:8.2f}"
+        )
+
+# %% [markdown]
+"""
+It loses where a guess and its check cost next to nothing: a lookup, one request alone. There the additional steps are all it brings.
+
+**Trees.** A chain is a bet on one continuation. A *tree* bets on several: its nodes are packed behind the text, each sees its
+ancestors only, and stands at the position of its depth. One step checks them all (`minillm.speculative.tree`). Eight
+guesses, spent in two ways:
+"""
+
+
+# %%
+def chain(text):
+    return [list(generate(small, text, SamplingParams(temperature=0, max_tokens=8)))]
+
+
+def fork(text):
+    """The two likeliest next tokens, and three more behind each."""
+    first = prefill(small, text)[0].topk(2).indices.tolist()
+    three = SamplingParams(temperature=0, max_tokens=3)
+    return [[token, *generate(small, [*text, token], three)] for token in first]
+
+
+for guesser in (chain, fork):
+    checks, brought, same = 0, 0, True
+    for start in held_out[:3]:
+        text, (_, cache) = list(start[:64]), prefill(model, start[:63])
+        while len(text) < 64 + 32:
+            text += verify_tree(model, text, guesser(text[-48:]), cache, GREEDY)
+            checks += 1
+        brought += len(text) - 64
+        same &= text[64:96] == list(generate(model, start[:64], GREEDY))[:32]
+    print(
+        f"{guesser.__name__:5}: {brought / checks:.2f} tokens per check of 8 guesses; text unchanged: {same}"
+    )
+
+# %% [markdown]
+"""
+A fork saves the round where the likeliest first guess is wrong, and is short where it is right. With this draft model neither
+is far ahead, and a tree needs a mask and moves keys about. So the engine of this course checks chains. EAGLE's heads guess
+well enough to fill trees, and one sequence on a large GPU has arithmetic to spare.
+
+## Explore: more guesses at once
+
+The same text with γ of 1, 2, 4 and 8, each really served. Which of them wastes most? Which needs the most rounds?
+"""
+
+# %%
+served = {
+    gamma: serve("ngram", point, num_speculative_tokens=gamma)[0][1:5] for gamma in (1, 2, 4, 8)
+}
+explore(
+    lambda gamma: verification_lanes(served[gamma], texts),
+    alt="The first four rounds of the same text with 1, 2, 4 and 8 guesses at once: more guesses bring more tokens per "
+    "round where they are right, and more void ones where they are wrong.",
+    gamma=[1, 2, 4, 8],
+)
+
+# %% [markdown]
+"""
+## On a napkin
+
+A draft model is right with probability 0.8 and costs a tenth of a step. Which γ is best, and what does it buy? And for Llama 3.1 8B on an
+H200: from which batch on does checking four guesses cost?
+
+By hand: E of γ = 4 is 1 + 0.8 + 0.64 + 0.51 + 0.41. For the second part, the ridge of the H200 is 989 TFLOP/s over
+4.8 TB/s (data sheet), a weight of 2 bytes makes 2 FLOP for each row, and a check has 5 rows per sequence.
+"""
+
+# %%
+speed = {gamma: speculative_speedup(0.8, gamma, 0.1) for gamma in range(1, 13)}
+best_gamma = max(speed, key=speed.get)
+h200 = next(one for one in DATASHEETS if one.name == "H200 SXM")
+roof = Roof(h200.bfloat16_rate, h200.read_bandwidth)
+batch = crossover_batch(named_shape("llama-3.1-8b"), 2, roof, 4)
+fold(
+    "Answer",
+    f"γ = 4 brings {expected_tokens(0.8, 4):.2f} tokens for 1.4 steps: {speed[4]:.2f} times as fast. The best is "
+    f"γ = {best_gamma} with {speed[best_gamma]:.2f}: beyond it, guesses cost more than they carry. On the H200 checking four "
+    f"guesses costs from batch **{batch:.0f}** on, for short contexts.",
+)
+
+# %% [markdown]
+"""
+## What people say
+
+Two statements, tried on this machine. A bar is what was measured, a tick what the formula predicted.
+"""
+
+# %%
+for claim in ("A3", "A23"):
+    show_card(CLAIMS[claim].card(bench))
+
+# %% [markdown]
+"""
+## Your turn
+
+`exercises/ex13_speculative_decoding.py` · difficulty ●●●●○ · 60 minutes
+
+You write the n-gram guesser, the greedy check, and the rule for drawn guesses. Work on it with `minillm lab test ex13`.
+
+<details><summary>Hint 1: how many tokens does a check bring?</summary>
+
+One more than were accepted: 1 to γ + 1. If yours brings γ at most, the bonus token is missing.
+
+</details>
+
+<details><summary>Hint 2: my residual is sometimes all zeros</summary>
+
+Then p equals q, and no guess can be rejected but by rounding. Fall back to p instead of dividing by zero.
+
+</details>
+
+<details><summary>Hint 3: the text is right and the distribution is not</summary>
+
+Compare your three numbers with those of the figure above: p(x) / q(x), not the other way round; the residual of p − q, not p; and
+both after the same temperature and the same cuts.
+
+</details>
+"""
+
+# %% [markdown]
+"""
+## Break it
+
+**Second mutant: the cache is not rolled back.** The keys of rejected guesses stay and count. The next tokens see words that
+were never said, and stand at positions that are too far right.
+"""
+
+# %%
+wrong = speculate(prompt, 40, copycat, roll_back=False)
+print("right:", repr(tokenizer.decode(plain)))
+print("wrong:", repr(tokenizer.decode(wrong)))
+print("tokens that agree before the first difference:", num_accepted(plain, wrong))
+
+# %% [markdown]
+"""
+It writes, nothing raises, and short tests may pass: where all guesses are accepted there is nothing to roll back. The engine's
+own test plays hundreds of random loads with right, wrong and half-right guessers against running alone.
+
+## How others do it
+
+* **vLLM**, `vllm/v1/sample/rejection_sampler.py`: the rule above as Triton kernels; `vllm/v1/spec_decode/ngram_proposer.py` and
+  `eagle.py` guess. Its metrics have the names of this lesson.
+* **SGLang**, `python/sglang/srt/speculative/eagle_worker.py`: trees of guesses from EAGLE heads, checked with a tree mask.
+* **llama.cpp**, `common/speculative.cpp`: a draft model in a context of its own; `examples/lookup` guesses with n-grams.
+* **transformers**, `src/transformers/generation/candidate_generator.py`: *assisted generation* and *prompt lookup*, for a batch of one.
+* **minillm**, `minillm/engine/verify.py`: one page, with the argument why accepting and recovering are one draw.
+
+## Three questions
+
+<details><summary>1. A guesser that is always wrong: what happens to the text, and what to the time?</summary>
+
+The text stays the same. Each check brings one token, like a plain step, and costs a little more, and guessing comes on top. Adaptive
+drafts guess a single token then.
+
+</details>
+
+<details><summary>2. The draft model equals the model. How many guesses are accepted, and is that good?</summary>
+
+All of them, γ + 1 tokens a check. But each guess costs a whole step, so γ + 1 tokens take γ + 1 steps: nothing is won.
+
+</details>
+
+<details><summary>3. Why is it wrong to treat the guess of a lookup as a draw from some other distribution?</summary>
+
+It was not drawn: its q has all mass on one token. Dividing by any other q keeps it too often or too rarely. Draw from p and compare.
+
+</details>
+
+## Next
+
+You have seen every part. [15 · Capstone](15_capstone.ipynb) puts your own parts into one engine.
+"""
