@@ -163,9 +163,20 @@ def pool_strip(snapshots: Sequence[PoolSnapshot], captions: Sequence[str]) -> Fi
             draw_block(axes, (block - 1, row, 1, 0.7), snapshot, block, new=_is_new(before, snapshot, block))
         axes.text(-0.35, row + 0.35, caption, ha="right", va="center", size=style.SMALL)
         axes.text(size + 0.35, row + 0.35, _count(snapshot), va="center", size=style.SMALL, color=style.QUIET)
-    key = "letter and number: whose block, and which of its blocks     ×2: two hold it     dots: remembered"
+    key = _strip_key(snapshots)
     figure.text(0.5, 0.14 / figure.get_figheight(), key, ha="center", size=style.SMALL, color=style.QUIET)
     return figure
+
+
+def _strip_key(snapshots: Sequence[PoolSnapshot]) -> str:
+    """What the signs mean, of those that are there."""
+    signs = {
+        "C2: the third block of C": True,
+        "bold: new since the row above": len(snapshots) > 1,
+        "×2: two hold it": any(max(one.ref_counts) > 1 for one in snapshots),
+        "dots: remembered": any(one.known for one in snapshots),
+    }
+    return "     ".join(words for words, there in signs.items() if there)
 
 
 def _strip_title(snapshots: Sequence[PoolSnapshot]) -> str:
@@ -185,4 +196,5 @@ def _is_new(before: PoolSnapshot | None, now: PoolSnapshot, block: int) -> bool:
 
 
 def _count(snapshot: PoolSnapshot) -> str:
-    return f"{snapshot.num_held} held,\n{snapshot.waste} places empty"
+    places = "place" if snapshot.waste == 1 else "places"
+    return f"{snapshot.num_held} held,\n{snapshot.waste} {places} empty"

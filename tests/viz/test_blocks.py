@@ -58,7 +58,7 @@ def test_a_strip_shows_who_holds_what_and_what_is_new() -> None:
     shown = words(figure)
     assert set(captions) <= set(shown)
     for now in shots:
-        assert f"{now.num_held} held,\n{now.waste} places empty" in shown
+        assert f"{now.num_held} held,\n{now.waste} place{'s' * (now.waste != 1)} empty" in shown
     bold = [p for p in figure.axes[0].patches if p.get_linewidth() == 1.6]
     assert {round(p.get_y()) for p in bold} <= {1, 2, 3}, "nothing is new in the first row"
     new = [b for b in range(1, 21) if not set(shots[1].places(b)) <= set(shots[0].places(b))]
