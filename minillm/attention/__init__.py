@@ -58,10 +58,13 @@ def get_backend(name: str, device: torch.device | str) -> PagedAttention:
 
 def get_quantized_backend(name: str, device: torch.device | str) -> PagedAttention:
     """The same for keys and values that are quantised; see `quantized.quantized_attention` for its arguments."""
-    get_backend(name, device)  # which refuses what there is not at all
-    if name not in ("auto", "tiled"):
-        raise ConfigError(f"attention={name!r} cannot read a quantised KV cache. Choose attention='auto' or 'tiled'.")
-    return quantized_attention
+    backend = get_backend(name, device)  # which refuses what there is not at all
+    if name not in ("auto", "tiled", "triton"):
+        raise ConfigError(
+            f"attention={name!r} cannot read a quantised KV cache. Choose attention='auto', 'tiled' or 'triton'."
+        )
+    on_gpu = torch.device(device).type == "cuda" and HAS_TRITON
+    return backend if name == "triton" or (name == "auto" and on_gpu) else quantized_attention
 
 
 def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout) -> None:

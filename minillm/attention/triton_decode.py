@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.attention.layout import PagedLayout
-from minillm.attention.triton_tiles import INTERPRETED, NO_WINDOW, Share, attend_keys, finish, tile_edge
+from minillm.attention.quantized import QuantizedBlocks, Tails
+from minillm.attention.triton_tiles import INTERPRETED, NO_WINDOW, Share, Stored, attend_keys, finish, tile_edge
 
 MAX_ROWS = 64  # queries · heads per group that the decode kernel takes in one tile
 MAX_SPLITS = 128
@@ -31,13 +32,14 @@ CONFIGS = [
 ]
 
 
-@triton.autotune(CONFIGS[:1] if INTERPRETED else CONFIGS, key=["HEAD_DIM", "GROUP", "ROWS", "WINDOWED"])
+@triton.autotune(CONFIGS[:1] if INTERPRETED else CONFIGS, key=["HEAD_DIM", "GROUP", "ROWS", "WINDOWED", "FORMAT"])
 @triton.jit
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, parts_ptr, lses_ptr,
+    q_ptr, k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr, tail_tables_ptr, parts_ptr, lses_ptr,
     sequences_ptr, tables_ptr, seq_lens_ptr, cu_seqlens_ptr,
-    q_token, q_head, pool_head, table_width, num_rows, scale_log2, window,
+    q_token, q_head, head_blocks, head_tails, tail_width, table_width, num_rows, scale_log2, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
+    FORMAT: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences, key/value heads, splits). A split without keys stores 0 and log-sum-exp -inf."""
@@ -63,10 +65,12 @@ def decode_kernel(
     token = (start + query).to(tl.int64)
     # Q tile: 2 · group · d bytes that are there, once per program.
     q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + dim[None, :], mask=stored, other=0.0)
-    pool_offset = kv_head.to(tl.int64) * pool_head
+    kv_head, sequence = kv_head.to(tl.int64), sequence.to(tl.int64)
     m, l, out = attend_keys(
-        q, offset + query, offset, kv_len - 1, lo, hi, k_ptr + pool_offset, v_ptr + pool_offset,
-        tables_ptr + sequence.to(tl.int64) * table_width, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED,
+        q, offset + query, offset, kv_len - 1, lo, hi,
+        k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr,
+        tables_ptr + sequence * table_width, tail_tables_ptr + sequence * tail_width,
+        kv_head * head_blocks, kv_head * head_tails, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, FORMAT,
     )  # fmt: skip
     out, lse = finish(m, l, out)
     place = split.to(tl.int64) * num_rows + token * (tl.num_programs(1) * GROUP) + head
@@ -108,8 +112,8 @@ def merge_kernel(
 
 def triton_decode(
     q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
+    keys: Tensor | QuantizedBlocks,
+    values: Tensor | QuantizedBlocks,
     layout: PagedLayout,
     share: Share,
     out: Tensor,
@@ -117,6 +121,7 @@ def triton_decode(
     *,
     scale: float,
     sliding_window: int | None = None,
+    tails: Tails | None = None,
     num_splits: int | None = None,
 ) -> None:
     """Attention of the sequences in `share`, into their rows of `out` `[num_tokens, heads, d]` and `lse` (float32).
@@ -125,17 +130,18 @@ def triton_decode(
     read are the device's; those of the host only bound the launch, so that a recorded launch can be replayed.
     """
     num_tokens, heads, d = q.shape
-    kv_heads, _, block_size, _ = k_pool.shape
-    group = heads // kv_heads
-    num_splits = num_splits or choose_splits(len(share.sequences) * kv_heads, share.kv_len, q.device)
+    stored = Stored.of(keys, values, layout, tails)
+    group = heads // stored.kv_heads
+    num_splits = num_splits or choose_splits(len(share.sequences) * stored.kv_heads, share.kv_len, q.device)
     parts = q.new_empty(num_splits, num_tokens, heads, d, dtype=torch.float32)
     lses = q.new_empty(num_splits, num_tokens, heads, dtype=torch.float32)
-    decode_kernel[len(share.sequences), kv_heads, num_splits](
-        q, k_pool, v_pool, parts, lses,
+    decode_kernel[len(share.sequences), stored.kv_heads, num_splits](
+        q, *stored.pointers, parts, lses,
         share.sequences, layout.block_tables, layout.seq_lens, layout.cu_seqlens_q,
-        q.stride(0), q.stride(1), k_pool.stride(0), layout.block_tables.stride(0), num_tokens * heads,
+        q.stride(0), q.stride(1), *stored.sizes, layout.block_tables.stride(0), num_tokens * heads,
         scale * log2(e), NO_WINDOW if sliding_window is None else sliding_window,
-        GROUP=group, HEAD_DIM=d, D=tile_edge(d), BLOCK_SIZE=block_size, WINDOWED=sliding_window is not None,
+        GROUP=group, HEAD_DIM=d, D=tile_edge(d), BLOCK_SIZE=stored.block_size,
+        WINDOWED=sliding_window is not None, FORMAT=stored.format,
         ROWS=tile_edge(share.q_len * group),
     )  # fmt: skip
     merge_kernel[len(share.sequences), share.q_len, heads](

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.attention.layout import PagedLayout
+from minillm.attention.quantized import QuantizedBlocks, Tails
 from minillm.attention.triton_decode import MAX_ROWS, triton_decode
 from minillm.attention.triton_prefill import triton_prefill
 from minillm.attention.triton_tiles import Share, tile_edge
@@ -43,24 +44,43 @@ def triton_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout
 
 
 def triton_attention(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout, *, scale: float, sliding_window: int | None = None
+    q: Tensor,
+    keys: Tensor | QuantizedBlocks,
+    values: Tensor | QuantizedBlocks,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    tails: Tails | None = None,
 ) -> Tensor:
-    """Packed attention: q `[num_tokens, heads, d]`, pools `[kv_heads, num_blocks, block_size, d]` -> like q."""
-    return triton_attention_lse(q, k_pool, v_pool, layout, scale=scale, sliding_window=sliding_window)[0]
+    """Packed attention: q `[num_tokens, heads, d]` -> like q.
+
+    Keys and values are pools `[kv_heads, num_blocks, block_size, d]` in q's dtype, or blocks of codes: see the twins,
+    `paged.paged_attention` and `quantized.quantized_attention`.
+    """
+    return triton_attention_lse(q, keys, values, layout, scale=scale, sliding_window=sliding_window, tails=tails)[0]
 
 
 def triton_attention_lse(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout, *, scale: float, sliding_window: int | None = None
+    q: Tensor,
+    keys: Tensor | QuantizedBlocks,
+    values: Tensor | QuantizedBlocks,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    tails: Tails | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output like q and log-sum-exp `[num_tokens, heads]` in float32."""
     q = _dense_heads(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    group = q.shape[1] // k_pool.shape[0]
+    kv_heads = len(keys if isinstance(keys, Tensor) else keys.tensors[0])
+    group = q.shape[1] // kv_heads
     short, long = layout.memo.get(group) or layout.memo.setdefault(group, _divide(layout, MAX_ROWS // group))
     for kernel, share in ((triton_decode, short), (triton_prefill, long)):
         if share.q_len:
-            kernel(q, k_pool, v_pool, layout, share, out, lse, scale=scale, sliding_window=sliding_window)
+            kernel(q, keys, values, layout, share, out, lse, scale=scale, sliding_window=sliding_window, tails=tails)
     return out, lse
 
 

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.attention.layout import PagedLayout
-from minillm.attention.triton_tiles import INTERPRETED, NO_WINDOW, Share, attend_keys, finish, tile_edge
+from minillm.attention.quantized import QuantizedBlocks, Tails
+from minillm.attention.triton_tiles import INTERPRETED, NO_WINDOW, Share, Stored, attend_keys, finish, tile_edge
 
 CONFIGS = [
     triton.Config({"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)
@@ -24,13 +25,14 @@ CONFIGS = [
 ]
 
 
-@triton.autotune(CONFIGS[:1] if INTERPRETED else CONFIGS, key=["HEAD_DIM", "GROUP", "WINDOWED", "LONG"])
+@triton.autotune(CONFIGS[:1] if INTERPRETED else CONFIGS, key=["HEAD_DIM", "GROUP", "WINDOWED", "FORMAT", "LONG"])
 @triton.jit
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr, tail_tables_ptr, out_ptr, lse_ptr,
     sequences_ptr, tables_ptr, seq_lens_ptr, cu_seqlens_ptr,
-    q_token, q_head, pool_head, table_width, scale_log2, window,
+    q_token, q_head, head_blocks, head_tails, tail_width, table_width, scale_log2, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
+    FORMAT: tl.constexpr,
     LONG: tl.constexpr,  # nothing but a key of the autotuner: a tile that suits 8000 queries does not suit 50
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -56,10 +58,12 @@ def prefill_kernel(
     token = (start + query).to(tl.int64)
     # Q tile: 2 · ROWS · d bytes, once per program.
     q = tl.load(q_ptr + (token * q_token + head * q_head)[:, None] + dim[None, :], mask=stored, other=0.0)
-    pool_offset = kv_head.to(tl.int64) * pool_head
+    kv_head, sequence = kv_head.to(tl.int64), sequence.to(tl.int64)
     m, l, out = attend_keys(
-        q, offset + query, first, last, 0, kv_len, k_ptr + pool_offset, v_ptr + pool_offset,
-        tables_ptr + sequence.to(tl.int64) * table_width, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED,
+        q, offset + query, first, last, 0, kv_len,
+        k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr,
+        tables_ptr + sequence * table_width, tail_tables_ptr + sequence * tail_width,
+        kv_head * head_blocks, kv_head * head_tails, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, FORMAT,
     )  # fmt: skip
     out, lse = finish(m, l, out)
     place = token * (tl.num_programs(2) * GROUP) + head  # row of out [num_tokens, heads, d] and lse [num_tokens, heads]
@@ -70,8 +74,8 @@ def prefill_kernel(
 
 def triton_prefill(
     q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
+    keys: Tensor | QuantizedBlocks,
+    values: Tensor | QuantizedBlocks,
     layout: PagedLayout,
     share: Share,
     out: Tensor,
@@ -79,23 +83,25 @@ def triton_prefill(
     *,
     scale: float,
     sliding_window: int | None = None,
+    tails: Tails | None = None,
 ) -> None:
     """Attention of the sequences in `share`, into their rows of `out` `[num_tokens, heads, d]` and `lse` (float32).
 
     q `[num_tokens, heads, d]` may have any strides between tokens and heads; out and lse are contiguous.
     """
     _, heads, d = q.shape
-    kv_heads, _, block_size, _ = k_pool.shape
-    group = heads // kv_heads
+    stored = Stored.of(keys, values, layout, tails)
+    group = heads // stored.kv_heads
 
     def grid(config: dict[str, int]) -> tuple[int, int, int]:
-        return triton.cdiv(share.q_len * group, config["ROWS"]), len(share.sequences), kv_heads
+        return triton.cdiv(share.q_len * group, config["ROWS"]), len(share.sequences), stored.kv_heads
 
     prefill_kernel[grid](
-        q, k_pool, v_pool, out, lse,
+        q, *stored.pointers, out, lse,
         share.sequences, layout.block_tables, layout.seq_lens, layout.cu_seqlens_q,
-        q.stride(0), q.stride(1), k_pool.stride(0), layout.block_tables.stride(0),
+        q.stride(0), q.stride(1), *stored.sizes, layout.block_tables.stride(0),
         scale * log2(e), NO_WINDOW if sliding_window is None else sliding_window,
-        GROUP=group, HEAD_DIM=d, D=tile_edge(d), BLOCK_SIZE=block_size, WINDOWED=sliding_window is not None,
+        GROUP=group, HEAD_DIM=d, D=tile_edge(d), BLOCK_SIZE=stored.block_size,
+        WINDOWED=sliding_window is not None, FORMAT=stored.format,
         LONG=share.q_len >= 1024,
     )  # fmt: skip

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 
-def test_the_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", ["triton_checks.py", "triton_quantized_checks.py"])
+def test_the_kernels_in_the_interpreter(name: str) -> None:
     pytest.importorskip("triton")
-    checks = Path(__file__).with_name("triton_checks.py")
+    checks = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-o", "addopts=", str(checks)],
         env=os.environ | {"TRITON_INTERPRET": "1"},

@@ -211,13 +211,13 @@ def test_blocks_beyond_two_billion_numbers() -> None:
 
 
 MUTANTS = {
-    "O is not rescaled": (triton_tiles, "v, out * rescale[:, None], input", "v, out, input"),
+    "O is not rescaled": (triton_tiles, "out *= rescale[:, None]", "out *= 1.0"),
     "l is not rescaled": (triton_tiles, "l = l * rescale +", "l = l +"),
     "m starts at 0": (triton_tiles, 'tl.full([q.shape[0]], float("-inf")', "tl.full([q.shape[0]], 0.0"),
     "base of a hidden row": (triton_tiles, 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new"),
     "window off by one": (triton_tiles, "> position[:, None] - window", ">= position[:, None] - window"),
     "causal off by one": (triton_tiles, "<= position[:, None]", "< position[:, None]"),
-    "too many tiles without a mask": (triton_tiles, "tl.minimum(hi, first + 1)", "tl.minimum(hi, last + 1)"),
+    "too many tiles without a mask": (triton_tiles, "seen_by_all = hi, first + 1", "seen_by_all = hi, last + 1"),
     "window's edge without a mask": (triton_tiles, "last - window + 1 - lo, 0", "first - window + 1 - lo, 0"),
     "prefill aligned top-left": (triton_prefill, "offset = kv_len - q_len", "offset = kv_len * 0"),
     "decode aligned top-left": (triton_decode, "offset = kv_len - q_len", "offset = kv_len * 0"),
@@ -251,7 +251,12 @@ def test_reading_past_the_length_is_rejected(tmp_path: Path, monkeypatch: pytest
 
 
 def test_32_bit_block_offsets_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = mutant(triton_tiles, "other=0).to(tl.int64)", "other=0)", tmp_path)
+    wrong = mutant(
+        triton_tiles,
+        "head_block + tl.load(table + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)",
+        "tl.load(table + key // BLOCK_SIZE, mask=inside, other=0)",
+        tmp_path,
+    )
     monkeypatch.setattr(triton_decode, "attend_keys", wrong.attend_keys)
     assert rejected(check_far_blocks)
 
