@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minillm.cache.contiguous import ContiguousCache
+from minillm.cache.contiguous import ContiguousCache, SequenceCache, new_cache
 from minillm.config import check_prompt
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits, sample
@@ -24,7 +24,7 @@ SPARE = 64  # tokens of room behind a prompt, before the cache has to grow
 
 
 @torch.inference_mode()
-def extend(model: Decoder, tokens: Tensor, cache: ContiguousCache) -> Tensor:
+def extend(model: Decoder, tokens: Tensor, cache: SequenceCache) -> Tensor:
     """Run tokens [q_len] behind the cached ones; float32 logits [vocab_size] of what follows the last of them.
 
     The one step of inference. Any cut of a sequence into steps gives the same logits, up to rounding.
@@ -45,23 +45,31 @@ def prefill(model: Decoder, token_ids: Sequence[int]) -> tuple[Tensor, Contiguou
     return extend(model, torch.tensor(token_ids, device=model.device), cache), cache
 
 
-def decode(model: Decoder, token_id: int, cache: ContiguousCache) -> Tensor:
+def decode(model: Decoder, token_id: int, cache: SequenceCache) -> Tensor:
     """Phase 2: one token in, the logits [vocab_size] of the next one out. The cache grows by this token."""
     return extend(model, torch.tensor([token_id], device=model.device), cache)
 
 
 def generate(
-    model: Decoder, token_ids: Sequence[int], params: SamplingParams | None = None, *, sample_index: int = 0
+    model: Decoder,
+    token_ids: Sequence[int],
+    params: SamplingParams | None = None,
+    *,
+    sample_index: int = 0,
+    kv_format: str = "auto",
 ) -> Iterator[int]:
     """Yield the new tokens, each as soon as it is known. The end token is part of them, as in vLLM.
 
     Stops after `max_tokens`, at a stop token, or where the model has no more positions. `sample_index` picks the
-    random stream of one of several completions.
+    random stream of one of several completions. `kv_format`: see `minillm.cache.formats`.
     """
     params = params or SamplingParams()
     generator = None if params.greedy else params.generator(sample_index, default_seed=0, device=model.device)
     room = model.config.max_position_embeddings - len(token_ids)
-    logits, cache = prefill(model, token_ids)
+    check_prompt(token_ids, model.config)
+    capacity = len(token_ids) + SPARE
+    cache = new_cache(kv_format, model.config, capacity=capacity, device=model.device, dtype=model.dtype)
+    logits = extend(model, torch.tensor(token_ids, device=model.device), cache)
     tokens = list(token_ids)
     for step in range(min(params.max_tokens, room + 1)):
         if step > 0:

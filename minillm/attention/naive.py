@@ -24,6 +24,11 @@ def visible(q_len: int, kv_len: int, sliding_window: int | None = None, device: 
     return mask if sliding_window is None else mask & (key > position - sliding_window)
 
 
+def oldest_key(q_len: int, kv_len: int, sliding_window: int | None) -> int:
+    """The first key that one of the queries sees: what lies before it need not be read."""
+    return 0 if sliding_window is None else max(0, kv_len - q_len - sliding_window + 1)
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums are kept in float32 at least: adding many bfloat16 terms loses the small ones."""
     return torch.promote_types(dtype, torch.float32)

@@ -18,6 +18,7 @@ from torch import Tensor
 from minillm.attention.contiguous import attention
 from minillm.attention.grouped import CpuPlan
 from minillm.attention.layout import PagedLayout, Span
+from minillm.attention.naive import oldest_key
 
 
 def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout) -> None:
@@ -68,7 +69,7 @@ def read_span(k_pool: Tensor, v_pool: Tensor, span: Span, sliding_window: int | 
 
     Keys that a sliding window hides from all of its queries are left out.
     """
-    first = 0 if sliding_window is None else max(0, span.kv_len - span.q_len - sliding_window + 1)
+    first = oldest_key(span.q_len, span.kv_len, sliding_window)
     if isinstance(span.slots, slice):
         keys = slice(span.slots.start + first, span.slots.stop)
         return k_pool.flatten(1, 2)[:, keys], v_pool.flatten(1, 2)[:, keys]

@@ -33,17 +33,17 @@ class BlockTensors:
     def __init__(self, config: ModelConfig, tensors: list[Tensor], *, num_blocks: int, block_size: int) -> None:
         self.config = config
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._tensors = tensors
+        self.tensors = tensors
 
     @property
     def num_bytes(self) -> int:
         """What the pools really occupy."""
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bytes_per_token(self) -> int:
         """What one token occupies in all layers."""
-        return sum(tensor.nbytes for tensor in self._tensors) // (self.num_blocks * self.block_size)
+        return sum(tensor.nbytes for tensor in self.tensors) // (self.num_blocks * self.block_size)
 
     def bytes_read(self, q_len: int, kv_len: int) -> int:
         """Least KV traffic of a sequence's queries in one step: every key and value that one of them sees, once."""
@@ -54,8 +54,8 @@ class BlockTensors:
         """Copy whole blocks, (source, target), in all layers. All sources are read before any target is written."""
         if not copies:
             return
-        sources, targets = torch.tensor(copies, device=self._tensors[0].device).unbind(1)
-        for tensor in self._tensors:
+        sources, targets = torch.tensor(copies, device=self.tensors[0].device).unbind(1)
+        for tensor in self.tensors:
             tensor.index_copy_(1, targets, tensor.index_select(1, sources))
 
 

@@ -56,6 +56,9 @@ class TailPool:
         """What all tails of all layers occupy, used or not."""
         return sum(keys.nbytes for keys in self.keys)
 
+    def __contains__(self, block: int) -> bool:
+        return block in self._tails
+
     def keep(self, blocks: Iterable[int]) -> None:
         """Take back the tails of all other blocks."""
         for block in self._tails.keys() - {DUMMY_BLOCK, *blocks}:

@@ -178,6 +178,16 @@ def quantized_bytes(bits: int, *, group: int, scale_bits: int = 16) -> float:
     return (bits + scale_bits / group) / 8
 
 
+def format_element_bytes(kv_format: str, *, head_dim: int, block_size: int) -> float:
+    """Bytes per element of keys and values on average, in a format of `minillm.cache.formats`, ranges included.
+
+    A range per token serves head_dim elements, one per channel serves block_size. int4 stores both ends of a range.
+    """
+    if kv_format != "int4":
+        return quantized_bytes(8, group=head_dim)
+    return sum(quantized_bytes(4, group=group, scale_bits=32) for group in (block_size, head_dim)) / 2
+
+
 def step_bytes(
     config: ModelConfig,
     step: Step,

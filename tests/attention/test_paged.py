@@ -23,6 +23,7 @@ from minillm.attention import (
     get_backend,
     grouped,
     layout,
+    naive,
     paged,
     write_kv,
 )
@@ -202,7 +203,7 @@ def run_all(backend: PagedAttention, build: Any = PagedLayout.build) -> None:
         (layout, ".flatten()[: self.kv_len]", ".flatten()"),  # reads the table past the length
         (layout, "slice(first, first + self.kv_len)", "slice(first, first + self.block_size * len(self.table))"),
         (layout, "not self.table or self.table == list(range(self.table[0]", "True or list(range(self.table[0]"),
-        (paged, "span.kv_len - span.q_len - sliding_window + 1", "span.kv_len - span.q_len - sliding_window + 2"),
+        (naive, "kv_len - q_len - sliding_window + 1", "kv_len - q_len - sliding_window + 2"),
         (grouped, "slice(-sliding_window, None)", "slice(-sliding_window - 1, None)"),
         (grouped, "masked_fill_(key < 0, NEG_INF)", "masked_fill_(key < 0, 0.0)"),
         (grouped, "masked_fill_(key < 0, NEG_INF)", "masked_fill_(key <= 0, NEG_INF)"),
@@ -215,7 +216,7 @@ def run_all(backend: PagedAttention, build: Any = PagedLayout.build) -> None:
 def test_the_oracle_rejects(module: ModuleType, old: str, new: str, tmp_path: Path, monkeypatch: Any) -> None:
     wrong = mutant(module, old, new, tmp_path)
     monkeypatch.setattr(paged, "CpuPlan", getattr(wrong, "CpuPlan", paged.CpuPlan))
-    monkeypatch.setattr(paged, "read_span", getattr(wrong, "read_span", paged.read_span))
+    monkeypatch.setattr(paged, "oldest_key", getattr(wrong, "oldest_key", paged.oldest_key))
     build = wrong.PagedLayout.build if module is layout else PagedLayout.build
     assert rejected(partial(run_all, paged_attention, build))
 

@@ -52,6 +52,19 @@ def test_stale_keys_behind_the_counter_are_never_read() -> None:
     assert decode(model, 9, cache).isfinite().all()
 
 
+def test_keys_before_the_window_are_never_read() -> None:
+    """Poison: everything that a sliding window of W tokens hides is NaN."""
+    model = random_model("mistral", seed=6)
+    window = model.config.sliding_window
+    assert window is not None
+    _, cache = prefill(model, list(range(window + 9)))
+    cache.keys[:, :, :10] = torch.nan  # the next token stands at W + 9 and sees the keys from 10 on
+    cache.values[:, :, :10] = torch.nan
+    assert decode(model, 9, cache).isfinite().all()
+    cache.keys[:, :, 11] = torch.nan
+    assert decode(model, 9, cache).isnan().any(), "the oldest key of the window is read"
+
+
 def test_bytes_per_token() -> None:
     config = random_model("qwen3").config
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -40,7 +41,10 @@ def stream(prompt: tuple[int, ...], params: SamplingParams, index: int) -> list[
     return list(generate(tiny_model(), prompt, params, sample_index=index))
 
 
-def alone(prompt: tuple[int, ...], params: SamplingParams, index: int) -> list[int]:
+Stream = Callable[[tuple[int, ...], SamplingParams, int], list[int]]
+
+
+def alone(prompt: tuple[int, ...], params: SamplingParams, index: int, stream: Stream = stream) -> list[int]:
     """What a completion gets that has the machine to itself: its stream, up to where its parameters end it."""
     endless = replace(params, max_tokens=6, ignore_eos=True, stop_token_ids=None, n=1)
     if params.greedy:
@@ -50,9 +54,9 @@ def alone(prompt: tuple[int, ...], params: SamplingParams, index: int) -> list[i
     return tokens[: ends[0] + 1] if ends else tokens
 
 
-def alone_all(workload: Workload) -> Completions:
+def alone_all(workload: Workload, stream: Stream = stream) -> Completions:
     return {
-        (str(number), index): alone(request.prompt, request.params, index)
+        (str(number), index): alone(request.prompt, request.params, index, stream)
         for number, request in enumerate(workload.requests)
         for index in range(request.params.n)
     }

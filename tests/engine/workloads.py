@@ -114,8 +114,11 @@ def play(engine: Engine, workload: Workload, max_steps: int = 5000) -> Completio
 def poison_free_blocks(engine: Engine) -> None:
     """Fill every block that nobody owns or remembers with NaN: whoever reads what it did not write is found."""
     stale = torch.tensor([b.id for b in engine.pool.blocks if b.ref_count == 0 and b.prefix is None])
-    for pool in engine.runner.cache.keys + engine.runner.cache.values:
-        pool[:, stale] = torch.nan
+    for pool in engine.runner.cache.tensors:
+        pool[:, stale] = torch.nan if pool.dtype.is_floating_point else 255  # as float8 that is NaN, too
+    if tails := engine.runner.cache.tails:
+        for keys in tails.keys:
+            keys[:, tails._free] = torch.nan
 
 
 @contextmanager
