@@ -76,8 +76,8 @@ def _summary(snapshot: PoolSnapshot) -> str:
     held, size = snapshot.num_held, len(snapshot.ref_counts) - 1
     places = held * snapshot.block_size
     return (
-        f"{held} of {size} blocks of {snapshot.block_size} tokens are held; "
-        f"{snapshot.waste} of their {places} places are empty, all in last blocks"
+        f"{held} of {size} blocks of {snapshot.block_size} tokens are held, {places} places. "
+        f"Empty: {snapshot.waste}, all in last blocks"
     )
 
 

@@ -45,7 +45,10 @@ def check_map() -> None:
             assert shares[block - 1] == pytest.approx(now.filled(name, logical) / now.block_size)
     shared = [block for block in range(1, 21) if now.ref_counts[block] == 2]
     assert len(shared) == 2 and words(figure).count("×2") == 2
-    assert f"{now.num_held} of 20 blocks of 4 tokens are held; {now.waste} of their" in " ".join(words(figure))
+    assert (
+        f"{now.num_held} of 20 blocks of 4 tokens are held, {4 * now.num_held} places. Empty: {now.waste},"
+        in " ".join(words(figure))
+    )
 
 
 def test_the_map_is_the_tables() -> None:
