@@ -33,3 +33,7 @@ class CourseError(MinillmError, ValueError):
 
 class GraderError(MinillmError):
     """The grader itself cannot work: the isolation that was asked for is not there, or a worker does not start."""
+
+
+class LearnerError(MinillmError):
+    """A learner's function that cannot take the place of the engine's own: missing, failing, or of another opinion."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from minillm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOu
 from minillm.sampling import SamplingParams
 from minillm.speculative import attach
 from minillm.text import TextStream
+from minillm.use import Used, plug_in
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or vLLM's {"prompt_token_ids": [...]}
 
@@ -47,8 +48,10 @@ class LLM:
     model, device, dtype, seed: as in `load_model`. speculative: who guesses tokens ahead, which are then checked
     several at a time: None (nobody), "ngram" (what followed earlier in the text), "draft" (the embedded draft model) or
     the name of a smaller model with the same tokenizer. num_speculative_tokens: how many at most. adaptive_drafts: one
-    more than were right last time, twice as many if all were; False always guesses as many as there may be. The other settings are those of `EngineConfig`; seed also
-    serves requests that bring none of their own. Raises what these raise.
+    more than were right last time, twice as many if all were; False always guesses as many as there may be. use: an
+    exercise or a folder of exercises whose functions take the place of the engine's own; `used` then tells which (see
+    `minillm.use`). The other settings are those of `EngineConfig`; seed also serves requests that bring none of their
+    own. Raises what these raise.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class LLM:
         speculative: str | None = None,
         num_speculative_tokens: int = 4,
         adaptive_drafts: bool = True,
+        use: str | Path | None = None,
         seed: int = 0,
         debug: bool = False,
     ) -> None:
@@ -80,6 +84,7 @@ class LLM:
             attention=attention,
             num_speculative_tokens=num_speculative_tokens,
             adaptive_drafts=adaptive_drafts,
+            cuda_graphs=use is None,  # what a graph replays cannot be replaced
             seed=seed,
             debug=debug,
         )
@@ -87,6 +92,8 @@ class LLM:
         self.engine = Engine(load_model(model, device=device, dtype=dtype, seed=seed), config)
         if speculative is not None:
             attach(speculative, self.engine, self.tokenizer, device=device, dtype=dtype, seed=seed)
+        self.new_metrics: Callable[..., RequestMetrics] = RequestMetrics
+        self.used: list[Used] = [] if use is None else plug_in(use, self)
         self._live: dict[str, Live] = {}
 
     def generate(
@@ -174,7 +181,7 @@ class LLM:
             raise RequestError("Stop strings need a tokenizer, and a random model has none. Use stop_token_ids.")
         request_id = self.engine.add(token_ids, params, arrival_time=arrival)
         outputs = [CompletionOutput(index) for index in range(params.n)]
-        metrics = RequestMetrics(arrival, [[] for _ in outputs])
+        metrics = self.new_metrics(arrival, [[] for _ in outputs])
         texts = [TextStream(o, self.tokenizer, params.stop_strings) for o in outputs] if self.tokenizer else None
         self._live[request_id] = Live(RequestOutput(request_id, text, token_ids, outputs, metrics), texts)
         return self._live[request_id]

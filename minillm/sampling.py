@@ -146,17 +146,23 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def sample(probs: Tensor, generators: Iterable[Generator | None]) -> Tensor:
     """Draw one token per row of probs [rows, vocab]; int64 [rows]. A greedy row, all on one token, needs no generator.
 
-    One uniform number u per row, from the row's own stream, picks the first token at which the running sum of the
-    probabilities exceeds u; a token without probability never is that one. Sums are float64: in float32 the tail of a
-    large vocabulary would be lost in rounding. No host synchronisation.
+    One uniform number per row, from the row's own stream. No host synchronisation.
     """
-    fractions = [_uniform(generator, probs.device) for generator in generators]
+    return pick(probs, torch.stack([uniform(generator, probs.device) for generator in generators]))
+
+
+def pick(probs: Tensor, u: Tensor) -> Tensor:
+    """The tokens that the numbers u [rows] float64 in [0, 1) fall on, in rows of probs [rows, vocab]; int64 [rows].
+
+    It is the first token at which the running sum of the probabilities exceeds u; a token without probability never
+    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding.
+    """
     sums = probs.cumsum(dim=-1, dtype=torch.float64)
-    thresholds = torch.stack(fractions)[:, None] * sums[:, -1:]
-    return torch.searchsorted(sums, thresholds, right=True)[:, 0].clamp_(max=probs.shape[-1] - 1)
+    tokens = torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)
+    return tokens[:, 0].clamp_(max=probs.shape[-1] - 1)
 
 
-def _uniform(generator: Generator | None, device: torch.device) -> Tensor:
+def uniform(generator: Generator | None, device: torch.device) -> Tensor:
     """A float64 in [0, 1); 0 without a generator."""
     if generator is None:
         return torch.zeros((), dtype=torch.float64, device=device)

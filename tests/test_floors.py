@@ -20,7 +20,7 @@ FLOORS = [
     ["cache"],
     ["engine", "generate"],
     ["speculative"],
-    ["text", "llm"],
+    ["text", "llm", "use"],
     ["measure"],
     ["claims"],
     ["viz", "lab"],

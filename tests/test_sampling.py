@@ -179,7 +179,7 @@ def test_the_ends_of_the_unit_interval_pick_possible_tokens(monkeypatch: pytest.
     """Tokens without probability stand first, last and in between; u = 0 and the largest u below 1 avoid them."""
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]] * 2)
     draws = iter([0.0, 1 - 2**-53])
-    monkeypatch.setattr(sampling, "_uniform", lambda generator, device: torch.tensor(next(draws), dtype=torch.float64))
+    monkeypatch.setattr(sampling, "uniform", lambda generator, device: torch.tensor(next(draws), dtype=torch.float64))
     assert sampling.sample(probs, [None, None]).tolist() == [1, 3]
 
 
