@@ -71,15 +71,13 @@ said, checks = rhyme[:8], 0
 while len(said) < len(rhyme):
     place = said.rfind(said[-2:], 0, -1)  # where the last two letters stood before
     guesses = said[place + 2 : place + 5] if place >= 0 else ""
-    truth = rhyme[
-        len(said) : len(said) + len(guesses) + 1
-    ]  # one look at the model: a letter for every place
+    truth = rhyme[len(said) :][: len(guesses) + 1]  # one look: a letter for every place
     right = num_accepted(guesses, truth)
     said, checks = said + truth[: right + 1], checks + 1
     if right:
         print(f"guessed {guesses!r:6} {right} right, so {truth[: right + 1]!r} is said at once")
 print(
-    f"{len(rhyme) - 8} letters in {checks} looks at the model, not one of them wrong: {said == rhyme}"
+    f"{len(rhyme) - 8} letters in {checks} looks at the model, none of them wrong: {said == rhyme}"
 )
 
 # %% [markdown]
@@ -120,16 +118,17 @@ print(repr(tokenizer.decode([token for one in looked_up for token in one.said]))
 
 # %% tags=["thumbnail"]
 show(
-    verification_lanes(looked_up[1:9], texts),
-    alt="Eight rounds of speculation, two lanes each. Violet cells are accepted guesses, white struck-out cells a rejected "
-    "one, amber cells the model's own token: recovered below the rejected guess, or a bonus behind four right ones.",
+    verification_lanes(looked_up[1:7], texts),
+    alt="Six rounds of speculation, two lanes each. Violet cells are accepted guesses, a white "
+    "struck-out cell is a rejected one. Amber is the model's own token: recovered in place of "
+    "the rejected guess, or a bonus behind guesses that were all right.",
 )
 
 # %% [markdown]
 """
 Read a round from left to right. A violet cell with an **A** is a guess that the model would have written itself. The
 first wrong guess is struck out, the ones behind it are void, and below it in amber stands what the model says there. The
-times on the right are measured: looking up costs nearly nothing, and one check costs about the same however many guesses are right.
+times on the right are measured: what guessing took, and what the check took, however many guesses were right.
 
 What would prove the figure wrong: an amber token below a guess that says the same.
 
@@ -138,14 +137,14 @@ after the other, and they are checked together.
 """
 
 # %%
-written, _ = serve(
-    "draft", "def area(width, height):\n    return width * height\n\ndef volume("
-)
-weights = [sum(weight.numel() for weight in one.parameters()) for one in (model, small)]
-print(f"{weights[0]:,} weights check the guesses of {weights[1]:,}")
+area = "def area(width, height):\n    return width * height\n\ndef volume("
+written, _ = serve("draft", area)
+large, little = (sum(weight.numel() for weight in one.parameters()) for one in (model, small))
+print(f"{little:,} weights guess, {large:,} check: {large / little:.1f} times as many")
 show(
-    verification_lanes(written[1:9], texts),
-    alt="Eight rounds with a draft model as the guesser: between none and four of four guesses are accepted in a round.",
+    verification_lanes(written[1:7], texts),
+    alt="Six rounds with a draft model as the guesser. Of four guesses in each round "
+    f"{', '.join(str(one.num_accepted) for one in written[1:7])} are accepted.",
 )
 
 # %% [markdown]
@@ -162,15 +161,14 @@ back by a counter.
 
 # %%
 part = next(part for record in engine.trace for part in record.sequences if part.num_drafts)
-print("tokens computed before this step:", part.num_computed)
+print(f"tokens in the cache before the step: {part.num_computed}")
 print(
-    f"tokens of this step [1 + k]:      {part.num_scheduled}, of them {part.num_drafts} drafts"
+    f"tokens of the step [1 + k]:          {part.num_scheduled}, of them {part.num_drafts} drafts"
 )
-print(f"rows of logits [1 + k, vocab]:    {[1 + part.num_drafts, model.config.vocab_size]}")
-print(f"keys that the last row sees:      {part.kv_len}")
-print(
-    f"accepted: {part.num_accepted}, so the cache counts {part.num_computed + 1 + part.num_accepted}"
-)
+print(f"rows of logits [1 + k, vocab]:       {[part.num_scheduled, model.config.vocab_size]}")
+print(f"keys that the last row sees:         {part.kv_len}")
+after = part.num_computed + 1 + part.num_accepted
+print(f"accepted: {part.num_accepted}, so {after} tokens of the cache count afterwards")
 
 # %% [markdown]
 """
@@ -228,20 +226,16 @@ everything that could follow, and add up. We take both real models in a real pla
 """
 
 # %%
-place = tokenizer.encode(
-    "def area(width, height):\n    return width * height\n\ndef volume(width, "
-)
+place = tokenizer.encode(area + "width, ")
 free = SamplingParams(temperature=1.0)
-pair = [
-    probs_from_logits(prefill(one, place)[0][None], [free])[0].double()
-    for one in (model, small)
-]
+logits = [prefill(one, place)[0][None] for one in (model, small)]
+pair = [probs_from_logits(one, [free])[0].double() for one in logits]
 likeliest = (pair[0] + pair[1]).topk(10).indices
 p, q = (one[likeliest] / one[likeliest].sum() for one in pair)
 
 
 def comes_out(rule):
-    """The sum over all guesses x: q(x) times the distribution of the token that comes out for x."""
+    """Over all guesses x: q(x) times the distribution of the token that comes out for x."""
     guesses = torch.arange(len(p))
     return q @ rule(p.expand(len(p), -1), q.expand(len(p), -1), guesses)
 
@@ -256,12 +250,12 @@ rules = {
     "accept with p / q, recover from max(p − q, 0)": comes_out(given_draft),
     "mutant: recover from p": comes_out(recover_from_p),
 }
+off = float((rules["mutant: recover from p"] - p).abs().max())
+words = [texts[int(token)].replace(" ", "␣") for token in likeliest]
 show(
-    output_distributions(
-        p, q, rules, [style.token_label(texts[int(token)]) for token in likeliest]
-    ),
-    alt="Two bar charts over ten tokens. With the right rule the bars of what comes out end exactly at the ticks of the "
-    f"target. With the mutant they are off by up to {float((rules['mutant: recover from p'] - p).abs().max()):.2g}.",
+    output_distributions(p, q, rules, words),
+    alt="Two bar charts over ten tokens. With the right rule the bars of what comes out end at "
+    f"the ticks of the target. With the mutant they are off by up to {off:.2f}.",
 )
 
 # %% [markdown]
@@ -283,34 +277,33 @@ print("sampled, n-gram = one by one, same seed:", drawn == list(generate(model, 
 ## Measure: what does a check cost?
 
 A model of 135 million random weights, which no cache of the processor holds: a plain step reads them all from memory. We time steps
-that check 0 to 16 guesses, for one sequence and for sixteen. The formula knows two numbers of this machine, byte/s
+that check 0 to 8 guesses, for one sequence and for sixteen. The formula knows two numbers of this machine, byte/s
 and FLOP/s, and takes the longer of the two times (lesson 05).
 """
 
 # %%
 bench = Workbench()
-numbers = [0, 1, 2, 4, 8, 16]
+numbers = [0, 1, 2, 4, 8]
 measured, predicted = {}, {}
 for batch in (1, 16):
     steps = {count: verify_step(128, drafts=count, batch=batch) for count in numbers}
     runs = {str(count): StepRunner(bench.timed, step) for count, step in steps.items()}
-    best = [timing.best for timing in interleaved(runs, repeats=5).values()]
-    bound = [
-        step_seconds(bench.timed.config, step, bench.timed.dtype.itemsize, bench.roof)
-        for step in steps.values()
-    ]
+    best = [timing.best for timing in interleaved(runs, repeats=4).values()]
+    shape, width = bench.timed.config, bench.timed.dtype.itemsize
+    bound = [step_seconds(shape, step, width, bench.roof) for step in steps.values()]
     measured[batch] = [one / best[0] for one in best]
     predicted[batch] = [one / bound[0] for one in bound]
+    plain_ms, check_ms = 1e3 * best[0], 1e3 * best[3]
     print(
-        f"batch {batch:2}: a plain step takes {1e3 * best[0]:.1f} ms, one that checks 4 {1e3 * best[3]:.1f} ms"
+        f"batch {batch:2}: a plain step {plain_ms:.1f} ms, one that checks 4 {check_ms:.1f} ms"
     )
 print(this_machine())
 
 # %%
-four = measured[1][numbers.index(4)]
+alone, many = (measured[batch][numbers.index(4)] for batch in (1, 16))
 show(
     curves(
-        f"Checking 4 guesses takes {four:.1f} plain steps alone, {measured[16][3]:.1f} in a batch of 16",
+        f"Checking 4 guesses takes {alone:.1f} plain steps alone, {many:.1f} in a batch of 16",
         [
             Curve("batch 1", numbers, measured[1], predicted[1], style.DRAFT, "o"),
             Curve("batch 16", numbers, measured[16], predicted[16], style.INK, "s"),
@@ -320,12 +313,12 @@ show(
         unit="×",
         y_scale="linear",
     ),
-    alt="Time of a check over that of a plain step, against guesses. For one sequence it grows slowly: "
-    f"{four:.1f} at four guesses. For sixteen it grows almost in proportion: {measured[16][3]:.1f} at four.",
+    alt="Time of a check over that of a plain step, against guesses, for batches of 1 and 16. "
+    f"At four guesses it is {alone:.1f} for one sequence and {many:.1f} for sixteen.",
 )
 
 # %%
-guess.against(four)
+guess.against(alone)
 
 # %% [markdown]
 """
@@ -343,43 +336,40 @@ on, and count.
 
 # %%
 held_out = bench_prompts(tokenizer, "held-out", 8, 192)
-GAMMAS = [1, 2, 4, 8]
 
 
 def sweep(who, batches, gammas):
-    """A row of measurements for each batch and each γ."""
+    """A row of measurements for each batch and each number of guesses."""
     engine = Engine(model, EngineConfig(adaptive_drafts=False, num_blocks=400))
     attach(who, engine, tokenizer, device="cpu", dtype="float32")
-    size = dict(max_tokens=32, repeats=2)
-    return [
-        row
-        for batch in batches
-        for row in bench_spec(
-            engine, held_out[: max(4, batch)], batch=batch, num_drafts=gammas, **size
+    rows = []
+    for batch in batches:
+        prompts = held_out[: max(3, batch)]
+        rows += bench_spec(
+            engine, prompts, batch=batch, num_drafts=gammas, max_tokens=24, repeats=2
         )
-    ]
+    return rows
 
 
-by_gamma = [Sweep(who, sweep(who, [1], GAMMAS)) for who in ("ngram", "draft")]
+by_gamma = [Sweep(who, sweep(who, [1], [1, 2, 4, 8])) for who in ("ngram", "draft")]
 for one in by_gamma:
     stats = one.rows[2].stats
-    print(
-        f"{one.name:5}, γ=4: {stats.num_drafts} drafts, {stats.num_draft_tokens} draft tokens, "
-        f"{stats.num_accepted_tokens} accepted, by position "
-        f"{[round(rate, 2) for rate in stats.acceptance_rate_per_pos]}"
-    )
+    rates = [round(rate, 2) for rate in stats.acceptance_rate_per_pos]
+    print(f"{one.name}, γ=4: {stats.num_drafts} drafts, {stats.num_draft_tokens} draft tokens,")
+    print(f"   {stats.num_accepted_tokens} accepted; share by position {rates}")
 
 # %%
+lengths = [f"{one.rows[-1].stats.mean_acceptance_length:.1f}" for one in by_gamma]
 show(
     acceptance_lengths(by_gamma),
-    alt="Tokens per verification against γ for n-grams and the draft model, counted, over the curve of the formula. Both "
-    "flatten: the first wrong guess voids those behind it.",
+    alt="Tokens per check against γ, counted, beside the curve of the formula. At eight guesses "
+    f"n-grams bring {lengths[0]} tokens and the draft model {lengths[1]}; both curves flatten.",
 )
 
 # %% [markdown]
 """
-The names are vLLM's: a *draft* is one check of several *draft tokens*. The formula gets one α for the whole line. Points above it at large
-γ say that guesses are not independent: a lookup that has begun to copy the right place goes on being right.
+The names are vLLM's: a *draft* is one check of several *draft tokens*. The formula gets one α for the whole line. Where points leave it, guesses
+are not independent: above it, one right guess makes the next one likelier; below it, guesses further ahead are worse than the first.
 
 ## What does it buy, and where does it lose?
 
@@ -388,26 +378,32 @@ cheap as a plain step. The dashes put in what a check really took, and for how m
 """
 
 # %%
-by_batch = [Sweep(one.name, sweep(one.name, [1, 4, 8], [4])) for one in by_gamma]
+by_batch = [
+    Sweep(one.name, [one.rows[2], *sweep(one.name, [4, 8], [4])])  # γ = 4 at batch 1 is there
+    for one in by_gamma
+]
 print(this_machine())
-for one in (*by_gamma, *by_batch):
-    for row in one.rows:
-        print(
-            f"{one.name:5} γ={row.num_drafts} batch {row.batch}: measured {row.speedup.median:.2f}, formula "
-            f"{row.formula:.2f}, as served {row.formula_as_served:.2f}; a guess costs {row.draft_cost:.2f} steps"
-        )
+print("guesser  γ  batch   measured   formula   as served   c: a guess, in plain steps")
+for sweeps in (by_gamma, by_batch):
+    for one in sweeps:
+        for row in one.rows:
+            print(
+                f"{one.name:7} {row.num_drafts:2} {row.batch:5} {row.speedup.median:10.2f} "
+                f"{row.formula:9.2f} {row.formula_as_served:10.2f} {row.draft_cost:11.2f}"
+            )
 
 # %%
+extremes = [row.speedup.median for one in (*by_gamma, *by_batch) for row in one.rows]
 show(
     speedups(by_gamma, by_batch),
-    alt="Two panels of measured speed-ups over two formulas: against γ at batch 1, and against the batch at γ = 4. "
-    "N-grams gain; the draft model, whose guesses are dear here, is near or below 1.",
+    alt="Two panels of measured speed-ups beside two formulas: against γ at batch 1, and against "
+    f"the batch at γ = 4. They lie between {min(extremes):.2f} and {max(extremes):.2f}.",
 )
 
 # %% [markdown]
 """
-**Where it loses, honestly.** The draft model of this lesson has a tenth of the weights, but on a CPU it costs a large part of a step,
-because both are too small to wait for memory. The printed c says how much. A guess must be much cheaper than a step *in time*;
+**Where it loses, honestly.** The draft model of this lesson is several times smaller, but on a CPU a guess of it costs a large part of a step,
+because both models are too small to wait for memory. The column c says how much. A guess must be much cheaper than a step *in time*;
 in weights is not enough. N-grams cost nothing and win where a text repeats itself, which code does. And the larger the
 batch, the less a check is for free.
 
@@ -468,29 +464,29 @@ for guesser in (chain, fork):
         brought += len(text) - 64
         same &= text[64:96] == list(generate(model, start[:64], GREEDY))[:32]
     print(
-        f"{guesser.__name__:5}: {brought / checks:.2f} tokens per check of 8 guesses; text unchanged: {same}"
+        f"{guesser.__name__:5}: {brought / checks:.2f} tokens a check; text unchanged: {same}"
     )
 
 # %% [markdown]
 """
-A fork saves the round where the likeliest first guess is wrong, and is short where it is right. With this draft model neither
-is far ahead, and a tree needs a mask and moves keys about. So the engine of this course checks chains. EAGLE's heads guess
+A fork saves the round in which the likeliest first guess is wrong, and is short where it is right. Compare the two numbers: with this
+draft model they are close, and a tree needs a mask and moves keys about. So the engine of this course checks chains. EAGLE's heads guess
 well enough to fill trees, and one sequence on a large GPU has arithmetic to spare.
 
 ## Explore: more guesses at once
 
-The same text with γ of 1, 2, 4 and 8, each really served. Which of them wastes most? Which needs the most rounds?
+The same text with γ of 2, 4 and 8, each really served. Which of them wastes most? Which needs the most rounds?
 """
 
 # %%
-served = {
-    gamma: serve("ngram", point, num_speculative_tokens=gamma)[0][1:5] for gamma in (1, 2, 4, 8)
-}
+served = {}
+for gamma in (2, 4, 8):
+    served[gamma] = serve("ngram", point, num_speculative_tokens=gamma)[0][1:4]
 explore(
     lambda gamma: verification_lanes(served[gamma], texts),
-    alt="The first four rounds of the same text with 1, 2, 4 and 8 guesses at once: more guesses bring more tokens per "
-    "round where they are right, and more void ones where they are wrong.",
-    gamma=[1, 2, 4, 8],
+    alt="The first three rounds of the same text with 2, 4 and 8 guesses at once: more guesses "
+    "bring more tokens where they are right, and more void ones where they are wrong.",
+    gamma=[2, 4, 8],
 )
 
 # %% [markdown]
@@ -506,15 +502,16 @@ By hand: E of γ = 4 is 1 + 0.8 + 0.64 + 0.51 + 0.41. For the second part, the r
 
 # %%
 speed = {gamma: speculative_speedup(0.8, gamma, 0.1) for gamma in range(1, 13)}
-best_gamma = max(speed, key=speed.get)
+top = max(speed, key=speed.get)
 h200 = next(one for one in DATASHEETS if one.name == "H200 SXM")
 roof = Roof(h200.bfloat16_rate, h200.read_bandwidth)
 batch = crossover_batch(named_shape("llama-3.1-8b"), 2, roof, 4)
 fold(
     "Answer",
-    f"γ = 4 brings {expected_tokens(0.8, 4):.2f} tokens for 1.4 steps: {speed[4]:.2f} times as fast. The best is "
-    f"γ = {best_gamma} with {speed[best_gamma]:.2f}: beyond it, guesses cost more than they carry. On the H200 checking four "
-    f"guesses costs from batch **{batch:.0f}** on, for short contexts.",
+    f"γ = 4 brings {expected_tokens(0.8, 4):.2f} tokens for 1.4 steps: {speed[4]:.2f} times as "
+    f"fast. The best is γ = {top} with {speed[top]:.2f}: beyond it, guesses cost more than they "
+    f"bring. On the H200 checking four guesses costs from batch **{batch:.0f}** on, for short "
+    "contexts, where attention hardly counts.",
 )
 
 # %% [markdown]
