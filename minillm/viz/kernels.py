@@ -50,7 +50,7 @@ def program_grid(programs: Sequence[Program]) -> Figure:
     size = min(2.3, (style.WIDTH - left - style.MARGIN - GAP * (len(heads) - 1)) / len(heads))
     figure = style.new_figure(0.85 + size + 0.35)
     most, least = (pick(len(program.keys) for program in programs) for pick in (max, min))
-    loops = f"each loops over {least} to {most} tiles" if least < most else f"each loops over {most} tiles of keys"
+    loops = f"each loops over {least} to {most} tiles" if least < most else f"each loops over {most} tiles"
     style.add_title(figure, f"{len(programs)} programs, one for each tile of queries and head; {loops} of keys")
     for place, head in enumerate(heads):
         axes = style.add_axes(figure, left=left + place * (size + GAP), top=0.85, width=size, height=size)

@@ -397,7 +397,7 @@ for claim in ("A5", "B4", "A16"):
 
 `exercises/ex02_attention.py` · difficulty ●●○○○ · 45 minutes
 
-You write `causal_mask`, `softmax`, `attention` and `grouped_attention`. Work on it with `minillm lab test ex02`, or run the cell below.
+You write `causal_mask`, `softmax`, `attention` and `grouped_attention`. Work on it with `minillm lab test ex02`.
 
 <details><summary>Hint 1: where does the triangle go?</summary>
 
@@ -417,11 +417,6 @@ Neighbours share: query head `h` reads key head `h // group`, not `h % kv_heads`
 
 </details>
 """
-
-# %%
-from minillm.lab import check
-
-check("ex02")
 
 # %% [markdown]
 """

@@ -6,7 +6,7 @@
 
 50 minutes · needs 06 · runs offline on a CPU, in Triton's interpreter (Linux)
 
-The tile loop of lesson 06 starts ten operators for every tile, from Python, one after the other. A *kernel* does all of it in one launch, on hundreds of processors at once. This lesson writes
+The tile loop of lesson 06 starts ten operators for every tile, from Python, one after the other. A *kernel* does all of it in one launch, on all processors of a GPU at once. This lesson writes
 three kernels in Triton: a softmax, tiled attention, and attention for a decode step. Without a GPU they run in an interpreter: slowly, but number for number.
 """
 
@@ -163,9 +163,8 @@ def attention_kernel(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D], tl.float32)
-    for start in range(
-        0, tl.minimum((tile + 1) * ROWS, n), KEYS
-    ):  # the rest lies in the future
+    end = tl.minimum((tile + 1) * ROWS, n)  # what lies behind is the future of every row
+    for start in range(0, end, KEYS):
         key = start + tl.arange(0, KEYS)
         there = first + key[:, None] * D + dim[None, :]
         k = tl.load(k_ptr + there, mask=key[:, None] < n, other=0.0)
@@ -185,7 +184,7 @@ def attention_kernel(
 
 # %% [markdown]
 """
-| name | shape | where it lives |
+| name | shape | where it is, usually |
 |---|---|---|
 | `q`, `k`, `v`, `out` | `[heads, n, d]` | the GPU's memory |
 | `q` of a program | `[ROWS, D]` | registers, for the whole program |
@@ -271,18 +270,18 @@ Higher tiles read the keys fewer times (lesson 06). They also make fewer program
 """
 
 # %%
-q, k, v = random(3, 2, 96, 16)
+q, k, v = random(3, 3, 96, 16)
 launches = {rows: launch(q, k, v, rows, keys=16)[1] for rows in (16, 32, 64, 128)}
 explore(
     lambda queries_per_tile: program_grid(launches[queries_per_tile]),
-    alt="The same prompt with tiles of 16, 32, 64 and 128 queries: 12, 6, 4 and 2 programs. "
+    alt="The same prompt with tiles of 16, 32, 64 and 128 queries: 18, 9, 6 and 3 programs. "
     "With the highest tile a program computes the whole square of a head.",
     queries_per_tile=list(launches),
 )
 
 # %% [markdown]
 """
-A GPU has over a hundred multiprocessors (an H200 has 132, says its datasheet). Two programs leave all but two of them idle, however well they read. A long prompt has tiles enough for everybody. A
+A large GPU has over a hundred multiprocessors (an H100 has 132, says NVIDIA's whitepaper). Three programs leave all but three of them idle, however well they read. A long prompt has tiles enough for everybody. A
 decode step does not: it has **one query**.
 
 ## A decode step: split the keys
@@ -431,7 +430,7 @@ These are CPU kernels: `tiled` and `auto` are ours, `sdpa` and `contiguous` are 
 context. What is reached of the machine changes little. Decode attention stays far below the bandwidth of the memory: on this CPU the kernel is the limit, not the memory.
 
 **A GPU's results are not there yet.** When somebody has run the benchmark on one, its file joins the others, and the cell above draws it instead. Until then this lesson claims nothing about a GPU's speed. If you
-have one, the next cell measures on it: the package's decode kernel, one sequence, a cold start for every context.
+have one, the next cell measures on it: the package's decode kernel, one sequence, its keys and values read again and again.
 """
 
 # %%
@@ -457,7 +456,7 @@ else:
 """
 ## On a napkin
 
-An H200 has 132 multiprocessors (NVIDIA's datasheet). One sequence decodes with 8 key/value heads; the package packs the query heads of a group into one program. What part of the multiprocessors has work without splitting? Into how
+An H100 has 132 multiprocessors (NVIDIA's whitepaper). One sequence decodes with 8 key/value heads; the package packs the query heads of a group into one program. What part of the multiprocessors has work without splitting? Into how
 many parts should the keys be cut to have four programs for each of them, and how many keys are in a part at a context of 32,768?
 """
 
@@ -470,7 +469,7 @@ fold(
     f"are {4 * multiprocessors} programs, so **{parts} parts** for each head, of "
     f"{triton.cdiv(context, parts)} keys. `choose_splits` in "
     "`minillm/attention/triton_decode.py` does this sum, and makes no part shorter than 256 "
-    "keys. With 66 sequences in the batch nothing has to be split.",
+    f"keys. With {parts} sequences in the batch nothing has to be split.",
 )
 
 # %% [markdown]
@@ -489,7 +488,7 @@ show_card(CLAIMS["B13"].card(Workbench()))
 
 `exercises/ex07_gpu_kernels.py` · difficulty ●●●●○ · 75 minutes
 
-You write `softmax_kernel`, `attention_kernel` with grouped heads, and `split_kernel`. Work on it with `minillm lab test ex07`, or run the cell below.
+You write `softmax_kernel`, `attention_kernel` with grouped heads, and `split_kernel`. Work on it with `minillm lab test ex07`.
 
 <details><summary>Hint 1: where do my pointers go?</summary>
 
@@ -510,11 +509,6 @@ Rows behind the last query have no key they may see, so `l` is 0. They are never
 
 </details>
 """
-
-# %%
-from minillm.lab import check
-
-check("ex07")
 
 # %% [markdown]
 """
