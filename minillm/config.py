@@ -219,12 +219,12 @@ class EngineConfig:
     kv_format: how keys and values are stored: "auto" in the model's dtype, or "fp8", "int8", "int4" (see
     `minillm.cache.formats`). block_size: tokens per block of KV cache; None takes what suits the format. num_blocks:
     blocks of the cache, the dummy block included; None takes `cache_bytes` instead, and None there lets the engine
-    choose (see `minillm.cache.paged.choose_num_blocks`).
-    max_num_seqs: sequences that run at the same time. max_num_batched_tokens: tokens per step, the budget that keeps a
-    long prompt from stalling the others. policy: see `minillm.engine.scheduler`. enable_prefix_caching: reuse the KV of
-    common beginnings. attention: a backend of `minillm.attention`. cuda_graphs: replay decode steps from CUDA graphs;
-    no effect on a CPU. num_speculative_tokens: how many tokens a proposer, if there is one, may guess for a sequence
-    in one step. adaptive_drafts: guess fewer where guesses were wrong. seed: for requests that bring none.
+    choose (see `minillm.cache.paged.choose_num_blocks`). max_num_seqs: sequences that run at the same time.
+    max_num_batched_tokens: tokens per step, the budget that keeps a long prompt from stalling the others. policy: see
+    `minillm.engine.scheduler`. enable_prefix_caching: reuse the KV of common beginnings. attention: a backend of
+    `minillm.attention`. cuda_graphs: replay decode steps from CUDA graphs; no effect on a CPU, with other backends than
+    Triton's, or with int4. num_speculative_tokens: how many tokens a proposer, if there is one, may guess for a
+    sequence in one step. adaptive_drafts: guess fewer where guesses were wrong. seed: for requests that bring none.
     trace_steps: how many of the latest `StepRecord`s are kept. debug: recompute every invariant after each step; slow.
 
     Raises ConfigError for values that cannot work.

@@ -107,13 +107,13 @@ def tail_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     return config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
-def choose_num_tails(engine: EngineConfig) -> int:
+def choose_num_tails(engine: EngineConfig, num_blocks: int) -> int:
     """As many tails as there can be blocks in use that are not complete, or become so in a step.
 
     One for each sequence that rests, and one for the dummy block. A sequence that computes q tokens writes at most to
     2 + (q - 2) / block_size blocks; all of them compute `max_num_batched_tokens` at most.
     """
-    return 1 + 2 * engine.max_num_seqs + engine.max_num_batched_tokens // engine.kv_block_size
+    return min(num_blocks, 1 + 2 * engine.max_num_seqs + engine.max_num_batched_tokens // engine.kv_block_size)
 
 
 def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> int:
@@ -129,10 +129,8 @@ def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.d
     kv_format = get_format(engine.kv_format)
     per_block = block_bytes(config, block_size, dtype, kv_format)
     per_tail = tail_bytes(config, block_size, dtype) if kv_format and kv_format.needs_tails else 0
-    num_blocks = budget // (per_block + per_tail)  # if each block has a tail; blocks beyond `num_tails` have none
-    num_tails = choose_num_tails(engine)
-    if num_blocks > num_tails:
-        num_blocks = (budget - num_tails * per_tail) // per_block
+    num_tails = choose_num_tails(engine, num_blocks=budget // (per_block + per_tail))
+    num_blocks = (budget - num_tails * per_tail) // per_block
     if num_blocks < 2:
         raise ConfigError(
             f"{budget:,} bytes hold {num_blocks} blocks of {per_block + per_tail:,} bytes; at least 2 are needed. "

@@ -41,8 +41,7 @@ class QuantizedCache(BlockTensors):
         tensors = [as_bytes(tensor) for pool in self.keys + self.values for tensor in pool.tensors]
         super().__init__(config, tensors, num_blocks=num_blocks, block_size=block_size)
         if kv_format.needs_tails:
-            tails = min(num_blocks, num_tails or num_blocks)
-            shape = (config.num_kv_heads, tails, block_size, config.head_dim)
+            shape = (config.num_kv_heads, num_blocks if num_tails is None else num_tails, block_size, config.head_dim)
             self.tails = TailPool(config.num_layers, shape, device=device, dtype=dtype)
 
     @property

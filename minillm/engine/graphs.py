@@ -20,6 +20,7 @@ from torch import Tensor
 from minillm.attention import PagedLayout
 from minillm.cache.blocks import DUMMY_BLOCK
 from minillm.cache.paged import PagedCache
+from minillm.cache.quantized import QuantizedCache
 from minillm.engine.batch import Batch
 from minillm.model.decoder import Decoder
 
@@ -59,7 +60,7 @@ class StaticStep:
 class DecodeGraphs:
     """One captured decode step per padded batch size, made when first needed."""
 
-    def __init__(self, model: Decoder, cache: PagedCache) -> None:
+    def __init__(self, model: Decoder, cache: PagedCache | QuantizedCache) -> None:
         self.model = model
         self.cache = cache
         self._steps: dict[int, StaticStep] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from minillm.attention import get_backend, get_quantized_backend
+from minillm.attention import HAS_TRITON, get_backend, get_quantized_backend
 from minillm.cache.formats import get_format
 from minillm.cache.paged import PagedCache, choose_num_blocks, choose_num_tails
 from minillm.cache.quantized import QuantizedCache
@@ -42,9 +42,15 @@ class ModelRunner:
         self.process: Callable[..., Tensor] = probs_from_logits
         self.verify: Callable[..., list[list[int]]] = verify
         self.cache = open_cache(model, config)
-        replays = config.cuda_graphs and model.device.type == "cuda"
-        # Quantised blocks are not replayed: their twin and their tails follow block tables on the host.
-        self.graphs = DecodeGraphs(model, self.cache) if replays and isinstance(self.cache, PagedCache) else None
+        self.graphs = DecodeGraphs(model, self.cache) if self._replays(config) else None
+
+    def _replays(self, config: EngineConfig) -> bool:
+        """Whether decode steps can be replayed: nothing in them may follow the host's block tables.
+
+        Only the Triton kernels read the device's; and which tails a step writes is found out on the host (int4).
+        """
+        on_device = self.model.device.type == "cuda" and HAS_TRITON and config.attention in ("auto", "triton")
+        return config.cuda_graphs and on_device and self.cache.tails is None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Drawn:
@@ -90,7 +96,7 @@ def open_cache(model: Decoder, config: EngineConfig) -> PagedCache | QuantizedCa
         get_quantized_backend(config.attention, model.device),
         kv_format,
         **sizes,
-        num_tails=choose_num_tails(config),
+        num_tails=choose_num_tails(config, num_blocks),
         device=model.device,
         dtype=model.dtype,
     )

@@ -7,12 +7,13 @@ as a recorded kernel cannot.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from minillm.attention import PagedLayout, paged_attention
+from minillm.attention import PagedAttention, PagedLayout
 from minillm.config import POLICIES, EngineConfig
 from minillm.engine import graphs
 from minillm.engine.engine import Engine
@@ -20,10 +21,14 @@ from minillm.engine.graphs import DecodeGraphs, StaticStep, padded_size
 from minillm.generate import generate
 from minillm.sampling import SamplingParams
 from tests.engine.test_fuzz import alone_all, tiny_model
+from tests.engine.test_quantized import alone_all as alone_in_format
+from tests.engine.test_quantized import in_format
 from tests.engine.workloads import Request, Workload, compare, play, random_workload
 
 
-def attention_from_tensors(q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout, **options: Any) -> Tensor:
+def attention_from_tensors(
+    attention: PagedAttention, q: Tensor, keys: Any, values: Any, layout: PagedLayout, **options: Any
+) -> Tensor:
     """Paged attention that believes the layout's tensors only."""
     true = PagedLayout.build(
         layout.block_tables.tolist(),
@@ -31,12 +36,12 @@ def attention_from_tensors(q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: Pa
         layout.seq_lens.tolist(),
         block_size=layout.block_size,
     )
-    return paged_attention(q, k_pool, v_pool, true, **options)
+    return attention(q, keys, values, true, **options)
 
 
 def replaying_engine(config: EngineConfig) -> Engine:
     engine = Engine(tiny_model(), config)
-    engine.runner.cache.attention = attention_from_tensors
+    engine.runner.cache.attention = partial(attention_from_tensors, engine.runner.cache.attention)
     engine.runner.graphs = DecodeGraphs(engine.model, engine.runner.cache)
     return engine
 
@@ -54,6 +59,14 @@ def test_replayed_steps_give_the_tokens_of_running_alone() -> None:
         for policy in POLICIES:
             workload = random_workload(seed, policy)
             compare(play(replaying_engine(workload.config), workload), alone_all(workload), workload)
+
+
+@pytest.mark.parametrize("kv_format", ["fp8", "int8"])
+def test_replayed_steps_on_a_quantised_cache(kv_format: str) -> None:
+    for seed in range(5):
+        for policy in POLICIES:
+            workload = in_format(random_workload(seed, policy), kv_format)
+            compare(play(replaying_engine(workload.config), workload), alone_in_format(workload), workload)
 
 
 def serve_a_batch_that_shrinks() -> None:

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from minillm.cache.blocks import BlockPool
 from minillm.cache.formats import FORMATS
+from minillm.cache.quantized import QuantizedCache
+from minillm.cache.tails import TailPool
 from minillm.config import MIN_BLOCK_SIZES, POLICIES
 from minillm.engine.engine import Engine
 from minillm.generate import choose, extend
@@ -21,7 +24,7 @@ from tests.engine.test_fuzz import tiny_model
 from tests.engine.workloads import Completions, Workload, compare, play, random_workload
 from tests.speculative.test_engine import fuzz, garbage, half_right, ngram, with_a_model
 
-NUM_SEEDS = 12
+NUM_SEEDS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +83,78 @@ def test_speculation_rolls_back(kv_format: str, make: Any) -> None:
         return with_a_model(in_format(workload, kv_format), proposer)
 
     fuzz(serve, make, lambda workload: alone_all(in_format(workload, kv_format)), num_seeds=4)
+
+
+def test_formats_share_no_blocks() -> None:
+    """The format is part of a prefix's name, as the model is: the same tokens, other KV."""
+    configs = (replace(random_workload(0, "mixed").config, kv_format=name) for name in ("auto", *FORMATS))
+    engines = [Engine(tiny_model(), config) for config in configs]
+    assert len({engine.pool.open([1, 2, 3])[0].prefix for engine in engines}) == 1 + len(FORMATS)
+
+
+def test_a_hit_goes_on_where_a_block_begins() -> None:
+    """In int4 a query of the last block wants that block's keys exactly: all of its tokens are computed again."""
+    for kv_format, num_cached in (("int8", 11), ("int4", 8)):
+        config = replace(random_workload(0, "mixed").config, kv_format=kv_format, block_size=4, num_blocks=20)
+        engine = Engine(tiny_model(), replace(config, enable_prefix_caching=True, max_num_batched_tokens=64))
+        for _ in range(2):
+            engine.add(list(range(12)), SamplingParams(max_tokens=1))
+            while engine.has_unfinished:
+                engine.step()
+        assert engine.trace[-1].sequences[0].kv_len - engine.trace[-1].sequences[0].num_scheduled == num_cached
+
+
+# Wrong versions
+
+
+def _forgets_completed(self: TailPool, layout: Any) -> Any:
+    """Tails are taken back as soon as their block is complete: guesses that are rejected take its keys with them."""
+    step = _right_begin(self, layout)
+    for block in step.blocks.tolist():
+        self._free.insert(0, self._tails.pop(block))
+    return step
+
+
+_right_begin = TailPool.begin
+
+
+def _copies_codes_only(self: QuantizedCache, copies: list[tuple[int, int]]) -> None:
+    for source, target in copies:
+        for tensor in self.tensors:
+            if tensor.dtype == torch.uint8:
+                tensor[:, target] = tensor[:, source]
+    if self.tails:
+        self.tails.copy(copies)
+
+
+def _goes_on_anywhere(self: BlockPool, tokens: list[int], salt: object = None) -> Any:
+    self.stride = 1
+    return _right_open(self, tokens, salt)
+
+
+_right_open = BlockPool.open
+
+MUTANTS: dict[str, tuple[str, type, str, Any]] = {
+    "a tail is gone when its block is complete": ("int4", TailPool, "begin", _forgets_completed),
+    "tails are not copied": ("int4", TailPool, "copy", lambda self, copies: None),
+    "all tails are taken back": ("int4", TailPool, "keep", lambda self, blocks: _right_keep(self, [])),
+    "a hit goes on within a block": ("int4", BlockPool, "open", _goes_on_anywhere),
+    "trap 48: ranges are not copied": ("int8", QuantizedCache, "copy", _copies_codes_only),
+    "trap 48: nothing is copied": ("fp8", QuantizedCache, "copy", lambda self, copies: None),
+}
+_right_keep = TailPool.keep
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kv_format, owner, name, wrong = MUTANTS[mutant]
+    monkeypatch.setattr(owner, name, wrong)
+
+    def serve(workload: Workload, proposer: Any) -> Engine:
+        return with_a_model(in_format(workload, kv_format), proposer)
+
+    with pytest.raises(AssertionError):  # rejected guesses first, then everything else
+        fuzz(serve, garbage, lambda workload: alone_all(in_format(workload, kv_format)), num_seeds=8)
+        for seed in range(30):
+            for policy in POLICIES:
+                check(in_format(random_workload(seed, policy), kv_format))
