@@ -72,7 +72,7 @@ memory = list("................")
 for name, size in (("A", 5), ("B", 4), ("C", 4)):
     place(memory, name, size)
 print("A, B and C came:  ", "".join(memory))
-memory = [place if place != "B" else "." for place in memory]
+memory = ["." if owner == "B" else owner for owner in memory]
 print("B has gone:       ", "".join(memory), f"{memory.count('.')} places are free")
 print("D needs 6, fits?  ", place(memory, "D", 6))
 
