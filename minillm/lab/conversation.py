@@ -14,6 +14,7 @@ from minillm.lab.worker import LENGTHS, unframe
 
 LOOK_S = 0.05  # how often the parent looks at clock, memory and processes
 REPLY_BYTES, OUTPUT_BYTES = 16 << 20, 4000
+FRAMES = 2  # of one script: its values, its end
 
 
 class Stopped(Exception):
@@ -36,7 +37,7 @@ class Conversation:
 
     def until(self, nonce: int | None, limits: Limits) -> list[Frame]:
         """All frames up to the one that says that script `nonce` ended (None: that the worker is ready)."""
-        deadline, base = time.monotonic() + limits.seconds, tree_usage(self.process.pid)
+        watch = _Watch(self.process.pid, limits)
         frames: list[Frame] = []
         with selectors.DefaultSelector() as selector:
             selector.register(self.stdout, selectors.EVENT_READ)
@@ -46,7 +47,9 @@ class Conversation:
                 for key, _ in selector.select(LOOK_S):
                     self._move(key.fd, selector)
                 frames += self._complete()
-                self._check(deadline, base, limits)
+                if len(frames) > FRAMES:
+                    raise Stopped("garbled")
+                watch.look()
         self._drain()
         return frames
 
@@ -59,7 +62,7 @@ class Conversation:
             return
         data = os.read(fd, 1 << 16)
         if not data and fd == self.stdout:
-            raise Stopped("crashed")
+            raise Stopped("gone")
         if not data:
             selector.unregister(fd)
         elif fd == self.stdout:
@@ -85,15 +88,6 @@ class Conversation:
                 raise Stopped("garbled") from None
         return frames
 
-    def _check(self, deadline: float, base: tuple[int, int], limits: Limits) -> None:
-        if time.monotonic() > deadline:
-            raise Stopped("timeout")
-        processes, resident = (now - before for now, before in zip(tree_usage(self.process.pid), base, strict=True))
-        if processes > limits.processes:
-            raise Stopped("processes")
-        if resident > limits.memory_bytes + 2 * base[1]:  # a fork shares PyTorch's pages, and /proc counts them again
-            raise Stopped("memory")
-
     def _drain(self) -> None:
         """Read what a script printed just before its end."""
         try:
@@ -105,11 +99,35 @@ class Conversation:
             return
 
 
+class _Watch:
+    """Looks at the clock, the memory and the number of processes below one, from the moment it is made."""
+
+    def __init__(self, pid: int, limits: Limits) -> None:
+        self.pid, self.limits = pid, limits
+        self.processes, self.resident = tree_usage(pid)
+        self.last = self.begin = time.monotonic()
+
+    def look(self) -> None:
+        """Raise Stopped if a limit is passed; not more often than every `LOOK_S`."""
+        now = time.monotonic()
+        if now - self.begin > self.limits.seconds:
+            raise Stopped("timeout")
+        if now - self.last < LOOK_S:
+            return
+        self.last = now
+        processes, resident = tree_usage(self.pid)
+        if processes - self.processes > self.limits.processes:
+            raise Stopped("processes")
+        # a fork shares PyTorch's pages with the worker, and /proc counts them for both
+        if resident - self.resident > self.limits.memory_bytes + 2 * self.resident:
+            raise Stopped("memory")
+
+
 def _write(fd: int, data: memoryview) -> int:
     try:
         return os.write(fd, data)
     except BrokenPipeError:
-        raise Stopped("crashed") from None
+        raise Stopped("gone") from None
 
 
 def _is_last(header: Any, nonce: int | None) -> bool:

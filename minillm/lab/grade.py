@@ -11,6 +11,7 @@ from typing import Any
 from minillm.lab.checks import Case, Check, Failure, judge
 from minillm.lab.diagnosis import Diagnosis, draw, run
 from minillm.lab.exercises import Exercise
+from minillm.lab.isolation import check_available
 from minillm.lab.protocol import Reply
 from minillm.lab.results import CheckResult, Result
 from minillm.lab.rules import Refusal, read
@@ -18,12 +19,16 @@ from minillm.lab.sandbox import Sandbox
 
 Progress = Callable[[Check], None]
 
+KILLED = ("timeout", "memory", "processes", "gone", "garbled")
+EXPLICABLE = ("wrong", "error", "timeout")
 STOPPED = {
-    "timeout": "no answer after {0.seconds:g} s. Is there a loop without an end?",
+    "timeout": "no answer in time ({0.seconds:g} s). Is there a loop without an end?",
     "memory": "it took more than {megabytes} MB of memory. How large is the largest tensor you make?",
     "processes": "it started more than {0.processes} processes",
     "crashed": "your code ended the process that ran it; nothing came back",
+    "gone": "your code ended the process that waited for it",
     "garbled": "what came back was not an answer",
+    "given up": "not run: the checks before had to be stopped too often",
 }
 
 
@@ -31,11 +36,22 @@ class Grader:
     """Grades submissions at one level of isolation, on inputs drawn from one seed: a secret one unless it is given.
 
     Each submission gets a sandbox of its own. With `reuse` it stays open for the next: for one person's tries, not for
-    different people. Raises GraderError if the level is not available.
+    different people. patience: how often the worker of a submission may have to be killed; the checks that are left
+    then do not run. diagnoses: how many of its failures are explained. Raises GraderError if the level is not
+    available.
     """
 
-    def __init__(self, isolation: str = "process", *, seed: int | None = None, reuse: bool = False) -> None:
-        self.isolation, self.reuse = isolation, reuse
+    def __init__(
+        self,
+        isolation: str = "process",
+        *,
+        seed: int | None = None,
+        reuse: bool = False,
+        patience: int = 4,
+        diagnoses: int = 1000,
+    ) -> None:
+        check_available(isolation)
+        self.isolation, self.reuse, self.patience, self.diagnoses = isolation, reuse, patience, diagnoses
         self.seed = secrets.randbits(32) if seed is None else seed
         self._diagnosis = Diagnosis(self.seed)
         self._open: dict[tuple[str, ...], Sandbox] = {}
@@ -81,25 +97,21 @@ class Grader:
             if progress:
                 progress(check)
             cases[check] = draw(exercise, check, self.seed)
-            replies[check] = run(sandbox, exercise, check, cases[check], source)
+            tired = sum(reply.status in KILLED for reply in replies.values()) >= self.patience
+            replies[check] = Reply("given up") if tired else run(sandbox, exercise, check, cases[check], source)
         if not self.reuse:
             self._open.pop(exercise.preload).close()
         results = {check: _judged(check, cases[check], replies[check]) for check in exercise.checks}
-        return tuple(self._explained(exercise, replies, check, result) for check, result in results.items())
+        explicable = [check for check, result in results.items() if result.status in EXPLICABLE]
+        for check in explicable[: self.diagnoses]:
+            if mutant := self._diagnosis.likely(exercise, replies, check):
+                results[check] = replace(results[check], mutant=mutant.name, diagnosis=mutant.explanation)
+        return tuple(results.values())
 
     def _sandbox(self, exercise: Exercise) -> Sandbox:
         if exercise.preload not in self._open:
             self._open[exercise.preload] = Sandbox(self.isolation, preload=exercise.preload, hide=(exercise.root,))
         return self._open[exercise.preload]
-
-    def _explained(
-        self, exercise: Exercise, replies: dict[Check, Reply], check: Check, result: CheckResult
-    ) -> CheckResult:
-        """The result with its diagnosis, if it failed in a way that mistakes fail."""
-        if result.status not in ("wrong", "error", "timeout"):
-            return result
-        mutant = self._diagnosis.likely(exercise, replies, check)
-        return replace(result, mutant=mutant.name, diagnosis=mutant.explanation) if mutant else result
 
 
 def _judged(check: Check, case: Case, reply: Reply) -> CheckResult:

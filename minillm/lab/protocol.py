@@ -51,8 +51,9 @@ class Reply:
     """What came back from one script.
 
     status: "ok" or "error" (the learner's code raised: see `error`), or how the parent ended it: "timeout", "memory",
-    "processes"; "crashed" if the process ended without a word; "garbled" if what came was not a reply. error: type,
-    message, and the learner's line, code and function, as text; step: the step that raised, -1 for the import.
+    "processes"; "crashed" if its process ended without a word, "gone" if the worker did; "garbled" if what came was
+    not a reply. error: type, message, and the learner's line, code and function, as text; step: the step that
+    raised, -1 for the import.
     """
 
     status: str

@@ -7,6 +7,7 @@ is called by its name; and its author has written enough of everything. `dishone
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,12 +68,32 @@ def check_exercise(exercise: Exercise, seed: int | None = None) -> Iterator[Find
 
 
 def dishonest(course: Course, folder: Path, *, seed: int | None = None, jobs: int = 1) -> Iterator[Finding]:
-    """Hand in every file of a folder to the exercise and at the level that its docstring names.
+    """Hand in every file of a folder to the exercise, and at the level, that its docstring names.
 
-    The rules that are checked by reading are switched off, so that the sandbox has to hold alone.
+    The rules that are checked by reading are switched off, so that the sandbox has to hold alone. After each cheat the
+    same grader gets the solution: it must still be worth all points.
     """
+    cheats = defaultdict(list)
+    for path in sorted(folder.glob("*.py")):
+        exercise, level = claim(course, path)
+        cheats[level].append((exercise, path))
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda path: _dishonest(course, path, seed), sorted(folder.glob("*.py")))
+        for findings in pool.map(lambda level: list(_handed_in(level, cheats[level], seed)), cheats):
+            yield from findings
+
+
+def _handed_in(level: str, cheats: Sequence[tuple[Exercise, Path]], seed: int | None) -> Iterator[Finding]:
+    """What each cheat gets at a level, and the solution after it."""
+    if reason := unavailable(level):
+        yield from (Finding(e.id, "dishonest", path.stem, None, f"not tried: {reason}") for e, path in cheats)
+        return
+    with Grader(level, seed=seed, reuse=True, patience=1, diagnoses=0) as grader:
+        for exercise, path in cheats:
+            result = grader.grade(exercise, path.read_bytes(), strict=False)
+            honest = grader.grade(exercise, exercise.solution.read_bytes())
+            ends = sorted({check.status for check in result.checks}) or [result.status]
+            detail = f"{level}: {result.points} points ({', '.join(ends)}), then {honest.points} for the solution"
+            yield Finding(exercise.id, "dishonest", path.stem, result.points == 0 and honest.passed, detail)
 
 
 def _stub(exercise: Exercise, grader: Grader) -> Finding:
@@ -97,20 +118,8 @@ def _author(exercise: Exercise) -> Iterator[Finding]:
         yield Finding(exercise.id, "author", demand, ok)
 
 
-def _dishonest(course: Course, path: Path, seed: int | None) -> Finding:
-    exercise, level = _claim(course, path)
-    if reason := unavailable(level):
-        return Finding(exercise.id, "dishonest", path.stem, None, f"{level} is not available: {reason}")
-    with Grader(level, seed=seed) as grader:
-        result = grader.grade(exercise, path.read_bytes(), strict=False)
-    ends = sorted({check.status for check in result.checks}) or [result.status]
-    return Finding(
-        exercise.id, "dishonest", path.stem, result.points == 0, f"{level}: {result.points} points, {', '.join(ends)}"
-    )
-
-
-def _claim(course: Course, path: Path) -> tuple[Exercise, str]:
-    """The exercise and the level in the last line of a docstring: `ex03, stopped by: namespace`."""
+def claim(course: Course, path: Path) -> tuple[Exercise, str]:
+    """The exercise and the level in the last line of a cheat's docstring: `ex03, stopped by: namespace`."""
     last = (ast.get_docstring(ast.parse(path.read_bytes())) or "").splitlines()[-1:]
     name, _, level = last[0].partition(", stopped by: ") if last else ("", "", "")
     if level not in LEVELS:

@@ -8,6 +8,7 @@ Frames go both ways: the lengths of a JSON header and of a safetensors blob (4 b
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.util
 import json
@@ -87,6 +88,7 @@ def main() -> None:
     _count(torch.mm, [torch.ones(1, 1)] * 2, {})  # what PyTorch imports for counting, it imports now, for all forks
     for module in sys.argv[1:]:
         __import__(module)
+    gc.freeze()  # what is here now is never looked at again: a fork then copies few pages
     replies.write(frame({"ready": os.getpid()}, {}))
     while lengths := requests.read(LENGTHS.size):
         sizes = LENGTHS.unpack(lengths)
