@@ -155,7 +155,7 @@ def loop_trace(tokens: Sequence[str], entropy: Sequence[float]) -> Figure:
 def _loop_title(loop: Loop, means: Sequence[float]) -> str:
     what = f"Greedy decoding runs in a circle of {loop.period} token" + "s" * (loop.period > 1)
     surer = means[-1] < means[0]
-    return f"{what}{', surer every time' if surer else ''}: {means[0]:.1f} bits a token, then {means[-1]:.1f}"
+    return f"{what}{', and gets surer' if surer else ''}: {means[0]:.1f} bits a token, then {means[-1]:.1f}"
 
 
 def _draw_rounds(lane: Axes, loop: Loop) -> None:

@@ -11,14 +11,16 @@ whether a text is dull, lively or nonsense, and whether the same request gives t
 """
 
 # %%
-from math import log2
+from math import log, log2
 
 import torch
 
 from minillm import SamplingParams, load_model, load_tokenizer, prefill
+from minillm.cache.contiguous import ContiguousCache
 from minillm.claims import CLAIMS, Workbench
 from minillm.generate import choose, decode, generate
 from minillm.measure.bench import interleaved
+from minillm.model.corpus import held_out_texts
 from minillm.sampling import probs_from_logits, sample
 from minillm.viz.sampling import (
     Loop,
@@ -111,7 +113,8 @@ show(
         panels,
         own,
         texts,
-        title=f"One opinion, five ways to draw: the likeliest token gets {min(shares):.0%} to {max(shares):.0%}",
+        title="One opinion, five ways to draw: the likeliest token gets "
+        f"{min(shares):.0%} to {max(shares):.0%}",
         ticks="Bars: what is drawn from. Ticks: the model's own distribution, at temperature 1",
     ),
     alt="Five bar charts of the ten likeliest next tokens. Temperature 0.5 sharpens, 1.5 flattens; "
@@ -180,9 +183,8 @@ drawn = sample(some.expand(n, -1), [stream] * n)
 share = torch.bincount(drawn, minlength=vocab) / n
 kept = some > 0
 chi_square = float((n * (share - some)[kept] ** 2 / some[kept]).sum())
-print(
-    f"χ² = {chi_square:.1f} for {int(kept.sum())} tokens; drawn although cut: {int(share[~kept].sum())}"
-)
+extra = int(share[~kept].sum())
+print(f"χ² = {chi_square:.1f} for {int(kept.sum())} tokens; drawn although cut: {extra}")
 show(
     distribution_bars(
         {f"share of {n:,} draws": share},
@@ -209,22 +211,18 @@ tokens. We write 40 tokens and note the entropy before each.
 
 # %%
 def write(prompt, new, **settings):
-    """New tokens, and for each: the entropy before it, its surprise, and the surprise expected, in bits."""
+    """New tokens; for each the entropy before it, its surprise, the surprise expected, in bits."""
     params = SamplingParams(max_tokens=new, **settings)
     stream = None if params.greedy else params.generator(0, 0)
     tokens = tokenizer.encode(prompt)
     length, facts = len(tokens), []
     logits, cache = prefill(model, tokens)
     for _ in range(new):
-        bits = -logits.log_softmax(-1) / torch.log(torch.tensor(2.0))  # surprise of every token
+        bits = -logits.log_softmax(-1) / log(2)  # the surprise of every token
         drawn_from = probs_from_logits(logits[None], [params])[0]
         token = choose(logits, tokens, params, stream)
         facts.append(
-            (
-                float(bits.exp2().reciprocal() @ bits),
-                float(bits[token]),
-                float(drawn_from @ bits),
-            )
+            [float(x) for x in ((-bits).exp2() @ bits, bits[token], drawn_from @ bits)]
         )
         tokens.append(token)
         logits = decode(model, token, cache)
@@ -235,13 +233,13 @@ tokens, entropy, _, _ = write("def area(", 40, temperature=0.8, seed=2)
 print(repr(tokenizer.decode(tokens)))
 show(
     entropy_trace([texts[token] for token in tokens], entropy),
-    alt="Entropy in bits before each of 40 tokens, as bars: high before names and after line "
-    "breaks, near zero inside words and brackets.",
+    alt=f"Entropy before each of 40 tokens, as bars from {min(entropy):.1f} to {max(entropy):.1f} "
+    "bits: tall before names, short inside words and at line breaks.",
 )
 
 # %% [markdown]
 """
-Read the words below the tall bars: names, and beginnings of lines. Below the short ones: the rest of a word, a closing bracket, an indentation.
+Read the words below the tall bars: mostly names. Below the short ones: the rest of a word, a line break, what a bracket asks for.
 The settings of a sampler matter at the tall bars only. If the model were equally unsure everywhere, the bars would be level and the title
 would name half of the tokens.
 
@@ -259,7 +257,7 @@ print(f"from token {loop.start} on, every token is the one {loop.period} places 
 show(
     loop_trace([texts[token] for token in tokens], entropy),
     alt=f"Entropy before each of 72 greedy tokens, and below it the rounds of a circle of {loop.period} "
-    "tokens. The bars shrink in the first rounds and then stay.",
+    f"tokens. Before the first round {entropy[loop.start]:.1f} bits, at the end {entropy[-1]:.1f}.",
 )
 
 
@@ -276,7 +274,7 @@ guess.against(100 * repeated(tokens))
 """
 ## Measure: what temperature trades
 
-Six prompts, 48 tokens each, at seven temperatures. Two numbers for each: how much of the text was said before, and how much the text *surprises* the
+Six prompts, 40 tokens each, at seven temperatures. Two numbers for each: how much of the text was said before, and how much the text *surprises* the
 model, in bits per token: `−log₂ p` of the token that was drawn, p at temperature 1. The second has a prediction: before each draw,
 the expected surprise is `Σ p_T · (−log₂ p)`, with `p_T` the distribution that is drawn from.
 """
@@ -286,26 +284,40 @@ prompts = ["print(", "def area(", "import os\n", "class Stack:\n", "for item in 
 temperatures = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
 again, bits, expected = [], [], []
 for temperature in temperatures:
-    runs = [write(prompt, 48, temperature=temperature, seed=1) for prompt in prompts]
+    runs = [write(prompt, 40, temperature=temperature, seed=1) for prompt in prompts]
     again.append(sum(repeated(run[0]) for run in runs) / len(runs))
-    bits.append(sum(sum(run[2]) for run in runs) / (48 * len(runs)))
-    expected.append(sum(sum(run[3]) for run in runs) / (48 * len(runs)))
+    for column, numbers in ((2, bits), (3, expected)):
+        numbers.append(sum(sum(run[column]) for run in runs) / (40 * len(runs)))
     print(
-        f"temperature {temperature:4}: {again[-1]:4.0%} said before, {bits[-1]:5.2f} bits a token, expected {expected[-1]:5.2f}"
+        f"temperature {temperature:4}: {again[-1]:4.0%} said before, "
+        f"{bits[-1]:5.2f} bits a token, expected {expected[-1]:5.2f}"
     )
+
+real = tokenizer.encode(next(iter(held_out_texts()))[:4000])[:400]  # never seen in training
+with torch.inference_mode():
+    cache = ContiguousCache(model.config, capacity=400, device=model.device, dtype=model.dtype)
+    hidden = model(torch.tensor(real), torch.arange(len(real)), cache.attend)
+    written = (
+        model.logits(hidden[:-1]).log_softmax(-1).gather(1, torch.tensor(real[1:])[:, None])
+    )
+print(
+    f"code that people wrote:             {-float(written.mean()) / log(2):5.2f} bits a token"
+)
 
 # %%
 show(
     repetition(temperatures, again, bits, expected),
-    alt=f"Two panels against temperature. Repetition falls from {again[0]:.0%} at temperature 0 to {again[-1]:.0%} at 1.5; "
-    f"surprise rises from {bits[0]:.1f} to {bits[-1]:.1f} bits a token, on the predicted line.",
+    alt=f"Two panels against temperature. Repetition goes from {again[0]:.0%} at temperature 0 to "
+    f"{again[-1]:.0%} at 1.5, surprise from {bits[0]:.1f} to {bits[-1]:.1f} bits a token, beside "
+    "the predicted line.",
 )
 
 # %% [markdown]
 """
 Left: cold text repeats itself. Right: hot text surprises, and the points lie on the line as far as chance allows. At temperature 0
-there is no chance, and the two are equal by definition. Text that people call good lies between: about as surprising as
-what the model was trained on. A point far off the line at a high temperature would mean that the sampler draws from something else than it says.
+there is no chance, and the two are equal by definition. A point far off the line would mean that the sampler draws from something
+else than it says. Compare the right panel with what people wrote (the last line that was printed): a text of likeliest tokens surprises far
+less than real code does. Holtzman et al. (2019) found the same for prose, and called it the curious case of neural text degeneration.
 
 What does the sampler cost? Sorting is the dear part, and only the cuts need it.
 """
@@ -327,19 +339,25 @@ print(this_machine())
 """
 ## Explore
 
-The same opinion of the model under other temperatures and cuts. Where does top-p keep a single token?
+The same opinion of the model at three temperatures, cut at several top-p. Where does top-p keep a single token?
 """
 
 
 # %%
-def plot(temperature, top_p):
-    """One panel: these settings, beside the model's own distribution."""
-    panel = shaped(temperature=temperature, top_p=top_p)
+def plot(top_p):
+    """Three temperatures, cut at this top-p."""
+    panels = {
+        f"temperature {temperature}": shaped(temperature=temperature, top_p=top_p)
+        for temperature in (0.5, 1.0, 1.5)
+    }
+    counts = [int((panel > 0).sum()) for panel in panels.values()]
     return distribution_bars(
-        {f"temperature {temperature}, top-p {top_p}": panel},
+        panels,
         own,
         texts,
-        title=f"Temperature {temperature}, top-p {top_p}: {int((panel > 0).sum()):,} tokens can be drawn",
+        title=f"top-p {top_p}: "
+        + ", ".join(f"{count:,}" for count in counts)
+        + " tokens are left",
         ticks="Bars: what is drawn from. Ticks: the model's own distribution",
         count=6,
     )
@@ -347,10 +365,9 @@ def plot(temperature, top_p):
 
 explore(
     plot,
-    alt="The six likeliest next tokens under temperatures from 0.2 to 2: nearly all on one token at first, "
-    "nearly level at last.",
-    temperature=[0.2, 0.5, 1.0, 2.0],
-    top_p=[1.0, 0.9, 0.5],
+    alt="The six likeliest next tokens at three temperatures, cut at top-p of 1, 0.9, 0.7, 0.5 and "
+    "0.2: the colder the text, the fewer tokens it takes to reach p.",
+    top_p=[1.0, 0.9, 0.7, 0.5, 0.2],
 )
 
 # %% [markdown]
@@ -367,8 +384,9 @@ nine = 2 / torch.log(torch.tensor(9.0))
 check = torch.softmax(torch.tensor([3.0, 1.0]) / nine, 0)
 fold(
     "Answer",
-    f"e² to 1, so {first:.2f}. Nine to one means that the difference of 2, divided by the temperature, is ln 9: temperature "
-    f"{nine:.2f}, and the ratio there is {check[0] / check[1]:.1f}. A token of 1/1000 has log₂ 1000 = {log2(1000):.1f} bits.",
+    f"e² to 1, so {first:.2f}. Nine to one means that the difference of 2, divided by the "
+    f"temperature, is ln 9: temperature {nine:.2f}, and the ratio there is "
+    f"{check[0] / check[1]:.1f}. A token of 1/1000 has log₂ 1000 = {log2(1000):.1f} bits.",
 )
 
 # %% [markdown]

@@ -81,7 +81,7 @@ def test_titles_are_what_the_numbers_say() -> None:
     assert "2 of 10 tokens hold half" in words(figure)
     assert_allclose([bar.get_height() for bar in figure.axes[0].patches], [4, 4] + [1] * 8)
     looped = words(loop_trace(list("xabababab"), [9.0, *[3.0] * 2, *[2.0] * 4, *[1.0] * 2]))
-    assert "a circle of 2 tokens, surer every time: 3.0 bits a token, then 1.0" in looped
+    assert "a circle of 2 tokens, and gets surer: 3.0 bits a token, then 1.0" in looped
     assert "each round says: a b" in looped
     assert "surer" not in words(loop_trace(list("abab"), [1.0, 1.0, 2.0, 2.0]))
     cold = words(repetition([0, 1], [0.8, 0.1], [1.2, 6.0], [1.0, 5.0]))
