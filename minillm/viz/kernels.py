@@ -138,8 +138,9 @@ def _draw_part(axes: Axes, part: Part, share: float) -> None:
 def kernel_speed(rows: Sequence[Mapping[str, Any]], ceiling: float, where: str) -> Figure:
     """Time and speed of attention kernels against context, from rows of one phase that `benchmarks/attention.py` wrote.
 
-    ceiling: what this machine reaches at best, FLOP/s for prefill and B/s for decode. where: hardware and date, which
-    stand in the figure. Raises ConfigError for rows of both phases, or none.
+    ceiling: what that machine reaches at best, FLOP/s for prefill and B/s for decode; a line in both panels, and
+    nothing can be faster. where: hardware and date, which stand in the figure. Raises ConfigError for rows of both
+    phases, or none.
     """
     phases = {row["phase"] for row in rows}
     if len(phases) != 1:
@@ -155,9 +156,11 @@ def kernel_speed(rows: Sequence[Mapping[str, Any]], ceiling: float, where: str) 
     names = _candidates(rows)
     for index, name in enumerate(names):
         _draw_candidate(times, speeds, [row for row in rows if name in row["candidates"]], name, field, index)
-    for axes, words in ((times, "time of one layer"), (speeds, f"{unit} reached")):
+    for axes, words in ((times, "time of one layer. Line: at best"), (speeds, f"{unit} reached")):
         _set_context_axis(axes, [row["tokens"] for row in rows], phase)
         axes.set_title(words, size=style.NORMAL, weight="normal")
+    bound = [_work(next(iter(row["candidates"].values())), field) / ceiling for row in rows]
+    times.plot([row["tokens"] for row in rows], bound, color=style.INK, lw=1.2)
     _set_scales(times, speeds, unit, ceiling)
     last = [[row["candidates"][name][field] for row in rows if name in row["candidates"]][-1] for name in names]
     for index, (name, y) in enumerate(zip(names, style.apart(speeds, last), strict=True)):
@@ -173,17 +176,19 @@ def _candidates(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _draw_candidate(
     times: Axes, speeds: Axes, rows: Sequence[Mapping[str, Any]], name: str, field: str, index: int
 ) -> None:
-    """Medians with quartiles; in both panels the same marker. The name stands beside the last speed."""
+    """Medians with quartiles, with the same marker in both panels."""
     tokens, results = [row["tokens"] for row in rows], [row["candidates"][name] for row in rows]
-    color = _color(index)
-    look: Any = {"fmt": f"{MARKERS[index]}-", "color": color, "ms": 5, "lw": 1.0, "elinewidth": 1.0,
-                 "mfc": color if index == 0 else "white"}  # fmt: skip
+    fill = _color(index) if index == 0 else "none"
+    look: Any = {"fmt": MARKERS[index], "color": _color(index), "ms": 5, "elinewidth": 1.0, "mfc": fill}
     for axes, value in ((times, lambda seconds, _: seconds), (speeds, lambda seconds, work: work / seconds)):
-        work = [result[field] * result["seconds"][1] for result in results]
-        low, mid, high = ([value(r["seconds"][i], w) for r, w in zip(results, work, strict=True)] for i in range(3))
-        spread = [[abs(m - min(a, b)) for a, m, b in zip(low, mid, high, strict=True)],
-                  [abs(max(a, b) - m) for a, m, b in zip(low, mid, high, strict=True)]]  # fmt: skip
-        axes.errorbar(tokens, mid, yerr=spread, **look)
+        spread = [sorted(value(s, _work(result, field)) for s in result["seconds"]) for result in results]
+        error = [[mid - low for low, mid, _ in spread], [high - mid for _, mid, high in spread]]
+        axes.errorbar(tokens, [mid for _, mid, _ in spread], yerr=error, **look)
+
+
+def _work(result: Mapping[str, Any], field: str) -> float:
+    """FLOPs or bytes of a recorded result: what it reached times how long it took."""
+    return float(result[field] * result["seconds"][1])
 
 
 def _color(index: int) -> str:

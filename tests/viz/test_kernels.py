@@ -97,6 +97,8 @@ def test_speeds_are_the_recorded_ones() -> None:
     times, speeds = (axes.containers[0].lines[0].get_xydata() for axes in figure.axes)
     assert_allclose(times, [(1024, 2e-3), (4096, 4e-3)])
     assert_allclose(speeds, [(1024, 5e9), (4096, 8e9)])
+    (bound,) = (line for line in figure.axes[0].lines if line.get_marker() == "None" and len(line.get_xdata()) == 2)
+    assert_allclose(bound.get_xydata(), [(1024, 5e9 * 2e-3 / 32e9), (4096, 8e9 * 4e-3 / 32e9)])
     assert "decode at context 4,096 reaches 25% of the machine's B/s" in words(figure)
     assert "recorded: some machine, 2026-01-01" in words(figure) and "at best 32.0 GB/s" in words(figure)
 
