@@ -50,8 +50,8 @@ class LLM:
     the name of a smaller model with the same tokenizer. num_speculative_tokens: how many at most. adaptive_drafts: one
     more than were right last time, twice as many if all were; False always guesses as many as there may be. use: an
     exercise or a folder of exercises whose functions take the place of the engine's own; `used` then tells which (see
-    `minillm.use`). The other settings are those of `EngineConfig`; seed also serves requests that bring none of their
-    own. Raises what these raise.
+    `minillm.use`), and dtype "auto" is float32. The other settings are those of `EngineConfig`; seed also serves
+    requests that bring none of their own. Raises what these raise.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class LLM:
             seed=seed,
             debug=debug,
         )
+        if use is not None and dtype == "auto":
+            dtype = "float32"  # in 16 bits, two ways to compute the same may write different tokens
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(load_model(model, device=device, dtype=dtype, seed=seed), config)
         if speculative is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from minillm.cli import main
 from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
 from minillm.errors import LearnerError
@@ -200,7 +202,10 @@ def test_unwritten_tasks_keep_the_engines_own(tmp_path: Path) -> None:
 
 
 def test_a_stub_alone_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LearnerError, match=r"nothing in it runs in this engine\. tiled_attention: not written yet"):
+    with pytest.raises(
+        LearnerError,
+        match=r"nothing of it is written yet. Begin with tiled_attention",
+    ):
         serve(use=stub(tmp_path, "ex06"))
 
 
@@ -217,7 +222,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "an error on import": ("ex06_flash_attention.py", b"import torch\n\n1 / 0\n", "Line 3: ZeroDivisionError"),
     "a missing package": ("ex06_flash_attention.py", b"import no_such_package\n", "package no_such_package"),
     "another name": ("attention.py", b"", "no exercise: its name should be"),
-    "an exercise without a place": ("ex08_batching.py", b"", "no place for it"),
+    "an exercise without a place": ("ex08_batching.py", b"", "it has no place in the engine"),
 }
 
 
@@ -241,3 +246,29 @@ def test_a_folder_does_without_files_whose_packages_are_missing(tmp_path: Path) 
     wrong(tmp_path, "ex02", {})
     (tmp_path / "ex07_gpu_kernels.py").write_text("import no_such_package\n")
     assert serve(use=tmp_path)[1] == [Used("ex02", ("grouped_attention",), PLUGS[2].place, None)]
+
+
+def test_a_place_that_this_engine_does_not_have(tmp_path: Path) -> None:
+    with pytest.raises(LearnerError, match=r"this engine has no place for it.*round_fp8: .*see kv_format='fp8'"):
+        LLM("tiny-draft", use=FILES["ex12"])
+
+
+def test_the_command_line_tells_what_is_in_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "def f(", "--model", "tiny-draft", "--max-tokens", "3", "--use", str(FILES["ex09"])])
+    told = capsys.readouterr().err
+    assert ended.value.code == 0
+    assert told.index("In place of the engine's own") < told.index("ex09 slot_mapping") < told.index("Left as it is")
+    assert told.index("Left as it is") < told.index("ex09 BlockPool") < told.index("TTFT")
+
+
+def test_the_page_lists_every_function() -> None:
+    page = (SOLUTIONS.parent / "docs" / "use.md").read_text(encoding="utf8")
+    placed, graded = (set(re.findall(r"`(\w+)`", table)) for table in page.split("Graded, but")[:2])
+    assert {task for plug in PLUGS for task in plug.tasks} <= placed
+    for path in FILES.values():
+        if path.name[:4] in ("ex05", "ex08"):  # listed as a whole
+            continue
+        names = set(re.findall(r"^(?:def|class) (\w+)", path.read_text(encoding="utf8"), re.M))
+        written = {name for name in names if f"{name} is yours" in make_stub(path.read_text(encoding="utf8"))}
+        assert written <= placed | graded, path.name

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 MaxTokens = Annotated[int, typer.Option(help="New tokens at most.")]
 Temperature = Annotated[float, typer.Option(help="0 always takes the most likely token.")]
+Use = Annotated[
+    Path | None,
+    typer.Option(help="An exercise or a folder of them: their functions run in place of the engine's.", metavar="PATH"),
+]
 TopP = Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability mass.")]
 
 DEMO_PROMPT = "def fibonacci(n):\n"
@@ -47,6 +51,7 @@ def demo(
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    use: Use = None,
     picture: Annotated[Path, typer.Option(help="Where to save the timeline.")] = Path("minillm-demo.png"),
 ) -> None:
     """Watch a model write, and see what each of the two phases took."""
@@ -57,7 +62,8 @@ def demo(
     check_writable(picture)
     use_threads(threads)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    llm = LLM(model, device=device, dtype=dtype, seed=seed)
+    llm = LLM(model, device=device, dtype=dtype, use=use, seed=seed)
+    _show_used(llm)
     _warm_up(llm, prompt)
     _show(prompt, PROMPT_STYLE)
     texts, request = _stream(llm, prompt, params)
@@ -79,6 +85,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    use: Use = None,
 ) -> None:
     """Continue a prompt. The text goes to stdout, its timing to stderr."""
     from minillm.llm import LLM
@@ -86,7 +93,9 @@ def generate(
 
     use_threads(threads)
     params = SamplingParams(temperature=temperature, top_p=top_p, stop=stop or None, max_tokens=max_tokens, seed=seed)
-    _, request = _stream(LLM(model, device=device, dtype=dtype, seed=seed), prompt, params)
+    llm = LLM(model, device=device, dtype=dtype, use=use, seed=seed)
+    _show_used(llm)
+    _, request = _stream(llm, prompt, params)
     err.print(_timing(request), style="dim")
 
 
@@ -148,6 +157,15 @@ def _show(text: str, style: str) -> None:
         out.print(Text(text, style=style), end="", soft_wrap=True)
     else:
         out.file.write(text)
+
+
+def _show_used(llm: LLM) -> None:
+    """Which of a learner's functions are in the engine's place, and which are not and why."""
+    rows = [(f"{row.exercise} {', '.join(row.tasks)}", row) for row in llm.used]
+    for title, placed in (("In place of the engine's own", True), ("Left as it is", False)):
+        shown = [(name, row.why_not or row.place) for name, row in rows if placed == (row.why_not is None)]
+        if shown:
+            err.print(facts(title, shown))
 
 
 def _warm_up(llm: LLM, prompt: str) -> None:

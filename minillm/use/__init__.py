@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Used", "plug_in"]
 
+UNWRITTEN = "not written yet"
+
 
 @dataclass(frozen=True)
 class Used:
@@ -46,16 +48,22 @@ def plug_in(place: str | Path, llm: LLM) -> list[Used]:
     files = load_files(place)
     rows = [_install(plug, files[plug.exercise], llm) for plug in PLUGS if plug.exercise in files]
     if all(row.why_not for row in rows):
-        reasons = "; ".join(dict.fromkeys(f"{', '.join(row.tasks)}: {row.why_not}" for row in rows))
-        raise LearnerError(
-            f"use={str(place)!r}: nothing in it runs in this engine. {reasons or 'It has no place for it'}."
-        )
+        raise LearnerError(f"use={str(place)!r}: {_reasons(rows)}")
     return _latest(rows)
+
+
+def _reasons(rows: list[Used]) -> str:
+    """Why nothing could be plugged in."""
+    if not rows:
+        return "it has no place in the engine; docs/use.md lists what has. It is graded: minillm lab test"
+    if all((row.why_not or "").startswith(UNWRITTEN) for row in rows):
+        return f"nothing of it is written yet. Begin with {rows[0].tasks[0]}: minillm lab next"
+    return "this engine has no place for it. " + " ".join(f"{', '.join(row.tasks)}: {row.why_not}." for row in rows)
 
 
 def _install(plug: Plug, file: LearnerFile, llm: LLM) -> Used:
     missing = file.missing(plug.tasks)
-    why_not = f"not written yet: {', '.join(missing)}" if missing else plug.install(file.module, llm)
+    why_not = f"{UNWRITTEN}: {', '.join(missing)}" if missing else plug.install(file.module, llm)
     return Used(plug.exercise, plug.tasks, plug.place, why_not)
 
 
