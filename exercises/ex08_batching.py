@@ -54,7 +54,7 @@ def occupancy(steps: list[list[int]], num_slots: int) -> float:
 class ToyBatchModel:
     """A model with a memory per slot, small enough to follow by hand. Given: nothing to do here.
 
-    A memory is one vector, halved at each token, plus that token's row of `table` `[vocab, vocab]`; it is the logits.
+    A memory is one vector, the logits: each token shrinks it by a tenth and adds its row of `table` `[vocab, vocab]`.
     Whoever leaves a slot leaves its memory there, as a KV cache would: `clear(slot)` before somebody else moves in.
     """
 
@@ -70,7 +70,7 @@ class ToyBatchModel:
         """One step: slot `slots[i]` reads `tokens[i]`, one or more. Returns logits `[len(slots), vocab]`."""
         for slot, new in zip(slots, tokens, strict=True):
             for token in new:
-                self.memory[slot] = self.memory[slot] / 2 + self.table[token]
+                self.memory[slot] = 0.9 * self.memory[slot] + self.table[token]
         return self.memory[slots]
 
 

@@ -84,7 +84,7 @@ def alone(table: torch.Tensor, prompt: list[int], max_tokens: int) -> list[int]:
     memory, unread, said = torch.zeros(table.shape[1]), prompt, []
     for _ in range(max_tokens):
         for token in unread:
-            memory = memory / 2 + table[token]
+            memory = 0.9 * memory + table[token]
         unread = [int(memory.argmax())]
         said += unread
     return said
