@@ -19,6 +19,7 @@ from minillm.cli.bench import latency
 from minillm.cli.claims import claims
 from minillm.cli.console import err
 from minillm.cli.doctor import doctor
+from minillm.cli.kv import kv
 from minillm.cli.lab import lab
 from minillm.cli.roofline import roofline
 from minillm.cli.scheduling import prefix, stall
@@ -56,6 +57,7 @@ bench.command()(throughput)
 bench.command()(stall)
 bench.command()(prefix)
 bench.command()(spec)
+bench.command()(kv)
 
 
 @app.callback()

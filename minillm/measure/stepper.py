@@ -7,43 +7,47 @@ with Counter(model, kv=run.cache) as counted:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from minillm.attention import PagedAttention, PagedLayout, get_backend
-from minillm.cache.paged import PagedCache
-from minillm.config import ModelConfig
+from minillm.attention import PagedAttention, PagedLayout
+from minillm.config import EngineConfig, ModelConfig
+from minillm.engine.runner import open_cache
 from minillm.measure.steps import Step, num_tokens
 from minillm.model.decoder import Decoder, RMSNorm
-
-BLOCK_SIZE = 16
 
 
 class StepRunner:
     """One step of random tokens over a cache that is as full as the step wants; calling it again repeats it.
 
     The cache holds zeros where earlier steps would have written: right for FLOPs, bytes and time, not for text.
-    Sequences share nothing. `attention` is a paged attention function, by default the engine's choice.
+    Sequences share nothing. `attention` is a paged attention function, by default the engine's choice; `kv_format`
+    is how keys and values are stored.
     """
 
-    def __init__(self, model: Decoder, step: Step, *, attention: PagedAttention | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        step: Step,
+        *,
+        attention: PagedAttention | None = None,
+        kv_format: str = "auto",
+        seed: int = 0,
+    ) -> None:
         self.model, self.step = model, step
         ends = torch.tensor([q_len for q_len, _ in step]).cumsum(0)
-        widths = [-(-kv_len // BLOCK_SIZE) for _, kv_len in step]
+        engine = EngineConfig(kv_format=kv_format, max_num_seqs=len(step), max_num_batched_tokens=num_tokens(step))
+        widths = [-(-kv_len // engine.kv_block_size) for _, kv_len in step]
         starts = [1 + sum(widths[:i]) for i in range(len(step))]  # block 0 is the dummy block
-        self.cache = PagedCache(
-            model.config,
-            attention or get_backend("auto", model.device),
-            num_blocks=1 + sum(widths),
-            block_size=BLOCK_SIZE,
-            device=model.device,
-            dtype=model.dtype,
-        )
+        self.cache = open_cache(model, replace(engine, num_blocks=1 + sum(widths)))
+        self.cache.attention = attention or self.cache.attention
         self.layout = PagedLayout.build(
             [list(range(start, start + width)) for start, width in zip(starts, widths, strict=True)],
             [q_len for q_len, _ in step],
             [kv_len for _, kv_len in step],
-            block_size=BLOCK_SIZE,
+            block_size=engine.kv_block_size,
             device=model.device,
         )
         generator = torch.Generator().manual_seed(seed)
