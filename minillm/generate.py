@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minillm.cache.contiguous import ContiguousCache, SequenceCache, new_cache
+from minillm.cache.formats import get_format
 from minillm.config import check_prompt
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits, sample
@@ -68,7 +69,7 @@ def generate(
     room = model.config.max_position_embeddings - len(token_ids)
     check_prompt(token_ids, model.config)
     capacity = len(token_ids) + SPARE
-    cache = new_cache(kv_format, model.config, capacity=capacity, device=model.device, dtype=model.dtype)
+    cache = new_cache(model.config, get_format(kv_format), capacity=capacity, device=model.device, dtype=model.dtype)
     logits = extend(model, torch.tensor(token_ids, device=model.device), cache)
     tokens = list(token_ids)
     for step in range(min(params.max_tokens, room + 1)):

@@ -10,7 +10,7 @@ from torch import Tensor
 from minillm.attention import PagedLayout, attention
 from minillm.attention.naive import oldest_key
 from minillm.attention.quantized import quantized_attention
-from minillm.cache.formats import Format, get_format
+from minillm.cache.formats import Format
 from minillm.cache.quantized import QuantizedCache
 from minillm.config import BLOCK_SIZE, MIN_BLOCK_SIZES, ModelConfig
 from minillm.model.decoder import Attend
@@ -189,13 +189,12 @@ class QuantizedContiguousCache:
 
 
 def new_cache(
-    kv_format: str, config: ModelConfig, *, capacity: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig, kv_format: Format | None, *, capacity: int, device: torch.device, dtype: torch.dtype
 ) -> SequenceCache:
-    """An empty cache of this format for one sequence; "auto" is the model's dtype. Raises as `get_format`."""
-    quantized = get_format(kv_format)
-    if quantized is None:
+    """An empty cache for one sequence in this format; None is the model's dtype."""
+    if kv_format is None:
         return ContiguousCache(config, capacity=capacity, device=device, dtype=dtype)
-    return QuantizedContiguousCache(config, quantized, capacity=capacity, device=device, dtype=dtype)
+    return QuantizedContiguousCache(config, kv_format, capacity=capacity, device=device, dtype=dtype)
 
 
 def _check_truncation(cache: SequenceCache, num_tokens: int) -> None:

@@ -98,7 +98,7 @@ def test_truncation_into_quantised_keys_is_refused() -> None:
     """int4 goes on at the beginning of a block, or where the last step was; other formats anywhere."""
     model = random_model("llama3", seed=2)
     for name in FORMATS:
-        cache = new_cache(name, model.config, capacity=100, device=CPU, dtype=torch.float32)
+        cache = new_cache(model.config, FORMATS[name], capacity=100, device=CPU, dtype=torch.float32)
         for _ in range(3):
             extend(model, torch.arange(30), cache)
         cache.truncate(70)
@@ -119,7 +119,7 @@ def test_generate_in_any_format() -> None:
     plain, int8 = (list(generate(model, range(40), params, kv_format=name)) for name in ("auto", "int8"))
     assert plain == int8
     assert len(list(generate(model, range(40), params, kv_format="int4"))) == 12
-    assert isinstance(new_cache("auto", model.config, capacity=1, device=CPU, dtype=torch.float32), ContiguousCache)
+    assert isinstance(new_cache(model.config, None, capacity=1, device=CPU, dtype=torch.float32), ContiguousCache)
     with pytest.raises(ConfigError, match="kv_format='q4' is unknown"):
         list(generate(model, [1], params, kv_format="q4"))
 
@@ -128,7 +128,7 @@ def test_memory_for_exact_keys_does_not_grow_with_the_prompt() -> None:
     model = random_model("qwen3", seed=4)
     held = []
     for length in (600, 1200):
-        cache = new_cache("int4", model.config, capacity=length, device=CPU, dtype=torch.float32)
+        cache = new_cache(model.config, FORMATS["int4"], capacity=length, device=CPU, dtype=torch.float32)
         extend(model, torch.zeros(length, dtype=torch.int64), cache)
         assert isinstance(cache, QuantizedContiguousCache) and cache.blocks.tails
         held.append(cache.blocks.tails.num_bytes)
