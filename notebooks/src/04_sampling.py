@@ -117,8 +117,8 @@ show(
         f"{min(shares):.0%} to {max(shares):.0%}",
         ticks="Bars: what is drawn from. Ticks: the model's own distribution, at temperature 1",
     ),
-    alt="Five bar charts of the ten likeliest next tokens. Temperature 0.5 sharpens, 1.5 flattens; "
-    "top-k, top-p and min-p cut the tail at different places and leave the ratios as they are.",
+    alt="Five bar charts of the ten likeliest next tokens. Temperature 0.5 sharpens, 1.5 "
+    "flattens; top-k, top-p and min-p cut the tail at different places and leave the ratios as they are.",
 )
 
 # %% [markdown]
@@ -190,11 +190,11 @@ show(
         {f"share of {n:,} draws": share},
         some,
         texts,
-        title=f"What is drawn is what was promised: {n:,} draws, χ² = {chi_square:.1f} for 8 tokens",
+        title=f"What is drawn is what was promised: {n:,} draws, χ² = {chi_square:.1f}",
         ticks="Bars: counted. Ticks: the probability, the formula's prediction",
         count=8,
     ),
-    alt="Eight bars of counted shares end at the ticks of their probabilities, up to a small spread.",
+    alt="Eight bars of counted shares end at the ticks of their probabilities, but for chance.",
 )
 
 # %% [markdown]
@@ -211,7 +211,7 @@ tokens. We write 40 tokens and note the entropy before each.
 
 # %%
 def write(prompt, new, **settings):
-    """New tokens; for each the entropy before it, its surprise, the surprise expected, in bits."""
+    """New tokens; for each its entropy, its surprise and the surprise expected, in bits."""
     params = SamplingParams(max_tokens=new, **settings)
     stream = None if params.greedy else params.generator(0, 0)
     tokens = tokenizer.encode(prompt)
@@ -233,7 +233,7 @@ tokens, entropy, _, _ = write("def area(", 40, temperature=0.8, seed=2)
 print(repr(tokenizer.decode(tokens)))
 show(
     entropy_trace([texts[token] for token in tokens], entropy),
-    alt=f"Entropy before each of 40 tokens, as bars from {min(entropy):.1f} to {max(entropy):.1f} "
+    alt=f"Entropy before each of 40 tokens, from {min(entropy):.1f} to {max(entropy):.1f} "
     "bits: tall before names, short inside words and at line breaks.",
 )
 
@@ -256,8 +256,8 @@ loop = Loop.find(tokens)
 print(f"from token {loop.start} on, every token is the one {loop.period} places before")
 show(
     loop_trace([texts[token] for token in tokens], entropy),
-    alt=f"Entropy before each of 72 greedy tokens, and below it the rounds of a circle of {loop.period} "
-    f"tokens. Before the first round {entropy[loop.start]:.1f} bits, at the end {entropy[-1]:.1f}.",
+    alt=f"Entropy before each of 72 greedy tokens, and the rounds of a circle of {loop.period} "
+    f"tokens. It begins at {entropy[loop.start]:.1f} bits and ends at {entropy[-1]:.1f}.",
 )
 
 
@@ -307,9 +307,9 @@ print(
 # %%
 show(
     repetition(temperatures, again, bits, expected),
-    alt=f"Two panels against temperature. Repetition goes from {again[0]:.0%} at temperature 0 to "
-    f"{again[-1]:.0%} at 1.5, surprise from {bits[0]:.1f} to {bits[-1]:.1f} bits a token, beside "
-    "the predicted line.",
+    alt=f"Two panels against temperature. Repetition goes from {again[0]:.0%} at 0 to "
+    f"{again[-1]:.0%} at 1.5, surprise from {bits[0]:.1f} to {bits[-1]:.1f} bits a token, "
+    "beside the predicted line.",
 )
 
 # %% [markdown]
@@ -365,8 +365,8 @@ def plot(top_p):
 
 explore(
     plot,
-    alt="The six likeliest next tokens at three temperatures, cut at top-p of 1, 0.9, 0.7, 0.5 and "
-    "0.2: the colder the text, the fewer tokens it takes to reach p.",
+    alt="The six likeliest next tokens at three temperatures, cut at top-p of 1, 0.9, 0.7, 0.5 "
+    "and 0.2: the colder the text, the fewer tokens it takes to reach p.",
     top_p=[1.0, 0.9, 0.7, 0.5, 0.2],
 )
 
