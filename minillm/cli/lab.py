@@ -82,7 +82,7 @@ def watch(name: Name = None) -> None:
     from minillm.lab.grade import Grader
 
     exercise = _exercise(name)
-    with Grader(reuse=True, diagnoses=1) as grader:
+    with Grader(diagnoses=1) as grader:
         _tested(exercise, grader)
         out.print(f"Watching {_shown(exercise.stub)} …  Ctrl-C ends this.", style="dim", soft_wrap=True)
         for _ in watchfiles.watch(exercise.stub.parent, watch_filter=lambda _, path: Path(path) == exercise.stub):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -16,9 +17,10 @@ from rich.text import Text
 from minillm.cli.console import err, out
 
 if TYPE_CHECKING:
+    from minillm.lab.bulk import Graded
     from minillm.lab.selfcheck import Finding
 
-FAILED = 1
+FAILED, GRADER_FAULT = 1, 3
 teach = typer.Typer(help="For teachers: generate, check, release, grade, export.", no_args_is_help=True)
 
 Names = Annotated[list[str] | None, typer.Argument(help="Exercises, such as ex03; all by default.", metavar="[ID]…")]
@@ -104,3 +106,115 @@ def _holds(findings: list[Finding]) -> bool:
 
     mutants = [finding.diagnosed for finding in findings if finding.kind == "mutant"]
     return all(finding.ok is not False for finding in findings) and sum(mutants) >= DIAGNOSED * len(mutants)
+
+
+@teach.command()
+def release(to: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Write a course for learners: stubs and public checks; no solutions, mutants or hidden checks."""
+    from minillm.lab.exercises import find_course
+    from minillm.lab.release import release
+
+    written = release(find_course(), to)
+    out.print(Text(f"{to} holds {len(written)} files. Learners run minillm lab there."), soft_wrap=True)
+
+
+@teach.command()
+def grade(
+    submissions: Annotated[Path, typer.Argument(help="A folder with a zip, a folder or a .py file per student.")],
+    to: Annotated[Path, typer.Option(help="Where results go; started again, it goes on.")] = Path("graded"),
+    only: Annotated[str, typer.Option(help="Some exercises, such as ex03,ex05.", metavar="ID,…")] = "",
+    isolation: Annotated[str, typer.Option(help="process, namespace or container.")] = "namespace",
+    jobs: Jobs = 2,
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Grade a class. Exit code 0: everything was graded, 3: the grader itself failed somewhere."""
+    from minillm.lab.bulk import Run, read_results
+    from minillm.lab.exercises import find_course
+    from minillm.lab.submissions import collect
+
+    course = find_course()
+    exercises = [course.exercise(id) for id in only.split(",")] if only else list(course.exercises.values())
+    run = Run(to, exercises, isolation, seed)
+    entries = collect(course, submissions)
+    with Progress(console=err, disable=as_json) as progress:
+        shown = progress.add_task("Grading …", total=len(entries))
+        for graded in run.grade(entries, jobs=jobs):
+            progress.update(shown, advance=1, description=f"{graded.student}: {graded.points}/{graded.max_points}")
+    kept = read_results(to)
+    done = [kept[entry.entry] for entry in entries if entry.entry in kept]
+    faults = sum(result.status == "fault" for one in done for result in one.results)
+    sums = {"submissions": len(entries), "graded": len(done), "faults": faults, "isolation": isolation}
+    print(json.dumps(sums)) if as_json else out.print(_class_view(done, sums))
+    raise typer.Exit(GRADER_FAULT if faults or len(done) < len(entries) else 0)
+
+
+@teach.command()
+def export(
+    graded: Annotated[Path, typer.Argument(help="The folder that `teach grade` wrote.")],
+    kind: Annotated[str, typer.Option("--format", help="csv, checks, junit, gradescope or json.")] = "csv",
+    to: Annotated[Path | None, typer.Option(help="A file (gradescope, json: a folder).")] = None,
+) -> None:
+    """Write results for a spreadsheet, a CI or a learning platform."""
+    from minillm.errors import CourseError
+    from minillm.lab import report
+
+    done = _done(graded)
+    tables = {
+        "csv": (report.wide_csv, "marks.csv"),
+        "checks": (report.long_csv, "checks.csv"),
+        "junit": (report.junit, "junit.xml"),
+    }
+    pages = {"gradescope": report.gradescope, "json": lambda one: json.dumps(asdict(one), indent=1, ensure_ascii=False)}
+    if kind in tables:
+        make, name = tables[kind]
+        _write({to or graded / name: make(done)})
+    elif kind in pages:
+        folder = to or graded / kind
+        _write({folder / f"{one.entry}.json": pages[kind](one) for one in done})
+    else:
+        raise CourseError(f"--format {kind} is none of: {', '.join([*tables, *pages])}.")
+
+
+@teach.command()
+def feedback(
+    graded: Annotated[Path, typer.Argument(help="The folder that `teach grade` wrote.")],
+    to: Annotated[Path | None, typer.Option(help="A folder for one page per submission.")] = None,
+) -> None:
+    """Write a page for each student: points, what is wrong, why; hidden checks by task and points only."""
+    from minillm.lab.report import feedback
+
+    folder = to or graded / "feedback"
+    _write({folder / f"{one.entry}.md": feedback(one) for one in _done(graded)})
+
+
+def _done(graded: Path) -> list[Graded]:
+    """What was graded in a folder, by entry."""
+    from minillm.errors import CourseError
+    from minillm.lab.bulk import read_results
+
+    done = read_results(graded)
+    if not done:
+        raise CourseError(f"{graded} holds no results. Name the folder that `minillm teach grade` wrote (--to).")
+    return [done[entry] for entry in sorted(done)]
+
+
+def _write(texts: dict[Path, str]) -> None:
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf8", errors="backslashreplace", newline="")
+    out.print(Text(f"{len(texts)} written: {', '.join(map(str, list(texts)[:3]))}{' …' if len(texts) > 3 else ''}"))
+
+
+def _class_view(done: list[Graded], sums: dict[str, Any]) -> Table:
+    """How many submissions passed, failed or did not run, for each exercise."""
+    table = Table(box=box.SIMPLE, pad_edge=False, title="{graded} of {submissions} graded ({isolation})".format(**sums))
+    for heading in ("exercise", "passed", "failed", "not run", "mean points", "of"):
+        table.add_column(heading, justify="left" if heading == "exercise" else "right")
+    for results in zip(*(one.results for one in done), strict=True):
+        passed, failed = (sum(r.status == status for r in results) for status in ("passed", "failed"))
+        mean = sum(r.points for r in results) / len(results)
+        rest = len(results) - passed - failed
+        row = (passed, failed, rest, f"{mean:.1f}", results[0].max_points)
+        table.add_row(results[0].exercise, *map(str, row))
+    return table

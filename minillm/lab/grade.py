@@ -35,10 +35,10 @@ STOPPED = {
 class Grader:
     """Grades submissions at one level of isolation, on inputs drawn from one seed: a secret one unless it is given.
 
-    Each submission gets a sandbox of its own. With `reuse` it stays open for the next: for one person's tries, not for
-    different people. patience: how often the worker of a submission may have to be killed; the checks that are left
-    then do not run. diagnoses: how many of its failures are explained. Raises GraderError if the level is not
-    available.
+    What is graded shares a sandbox, until `next_person`: one person's tries and exercises need not wait for PyTorch
+    again, and different people never meet. patience: how often the worker of a submission may have to be killed; the
+    checks that are left then do not run. diagnoses: how many of its failures are explained. Raises GraderError if the
+    level is not available.
     """
 
     def __init__(
@@ -46,12 +46,11 @@ class Grader:
         isolation: str = "process",
         *,
         seed: int | None = None,
-        reuse: bool = False,
         patience: int = 4,
         diagnoses: int = 1000,
     ) -> None:
         check_available(isolation)
-        self.isolation, self.reuse, self.patience, self.diagnoses = isolation, reuse, patience, diagnoses
+        self.isolation, self.patience, self.diagnoses = isolation, patience, diagnoses
         self.seed = secrets.randbits(32) if seed is None else seed
         self._diagnosis = Diagnosis(self.seed)
         self._open: dict[tuple[str, ...], Sandbox] = {}
@@ -61,8 +60,12 @@ class Grader:
 
     def __exit__(self, *error: object) -> None:
         self._diagnosis.close()
-        for sandbox in self._open.values():
-            sandbox.close()
+        self.next_person()
+
+    def next_person(self) -> None:
+        """End the workers: what is graded next meets new ones."""
+        while self._open:
+            self._open.popitem()[1].close()
 
     def grade(
         self, exercise: Exercise, data: bytes | None, *, strict: bool = True, progress: Progress | None = None
@@ -78,10 +81,6 @@ class Grader:
         checks = self._run(exercise, source, progress)
         status = "passed" if checks and all(check.passed for check in checks) else "failed"
         return self._result(exercise, status, checks=checks, seconds=round(time.monotonic() - begin, 2))
-
-    def warm_up(self, exercise: Exercise) -> None:
-        """Start a worker ahead of the submission that will need it."""
-        self._sandbox(exercise).start()
 
     def _result(self, exercise: Exercise, status: str, checks: tuple[CheckResult, ...] = (), **facts: Any) -> Result:
         points = sum(check.points for check in checks)
@@ -99,8 +98,6 @@ class Grader:
             cases[check] = draw(exercise, check, self.seed)
             tired = sum(reply.status in KILLED for reply in replies.values()) >= self.patience
             replies[check] = Reply("given up") if tired else run(sandbox, exercise, check, cases[check], source)
-        if not self.reuse:
-            self._open.pop(exercise.preload).close()
         results = {check: _judged(check, cases[check], replies[check]) for check in exercise.checks}
         explicable = [check for check, result in results.items() if result.status in EXPLICABLE]
         for check in explicable[: self.diagnoses]:

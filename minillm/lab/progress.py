@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from minillm.errors import CourseError
 from minillm.lab.exercises import Course, Exercise
@@ -52,12 +53,10 @@ class Progress:
         self.save()
 
     def save(self) -> None:
-        """Write the file beside its old version, then put it in its place: half a file never exists."""
+        """Write the file."""
         self.path.parent.mkdir(exist_ok=True)
         data = {"schema": SCHEMA, "exercises": {id: asdict(standing) for id, standing in self.standings.items()}}
-        beside = self.path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(data, indent=1), encoding="utf8")
-        beside.replace(self.path)
+        write_whole(self.path, json.dumps(data, indent=1))
 
     def _load(self) -> dict[str, Standing]:
         try:
@@ -71,6 +70,13 @@ class Progress:
             raise CourseError(
                 f"{self.path} cannot be read ({error}). Delete it to begin anew: your files stay."
             ) from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its old version, then put it in its place: half a file never exists."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf8")
+    beside.replace(path)
 
 
 def next_exercise(course: Course, progress: Progress) -> Exercise | None:

@@ -14,7 +14,8 @@ class CheckResult:
 
     status: "passed", "wrong" (a value differs), "todo" (not written yet), "error" (the code raised), or how it was
     stopped: "timeout", "memory", "processes", "crashed", "gone", "garbled"; "given up" if that happened too often.
-    calls, what, why: what was called, what is wrong with it, why it matters. mutant, diagnosis: the known mistake that gives the same output, and its sentence.
+    calls, what, why: what was called, what is wrong with it, why it matters. mutant, diagnosis: the known mistake
+    that gives the same output, and its sentence.
     """
 
     name: str

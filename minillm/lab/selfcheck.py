@@ -53,7 +53,7 @@ def check_exercise(exercise: Exercise, seed: int | None = None) -> Iterator[Find
     """Try the stub, the solution and the mutants of one exercise."""
     solution = exercise.solution.read_text(encoding="utf8")
     yield from _author(exercise)
-    with Grader(seed=seed, reuse=True) as grader:
+    with Grader(seed=seed) as grader:
         yield _stub(exercise, grader)
         result = grader.grade(exercise, solution.encode())
         failed = result.first_failure
@@ -87,7 +87,7 @@ def _handed_in(level: str, cheats: Sequence[tuple[Exercise, Path]], seed: int | 
     if reason := unavailable(level):
         yield from (Finding(e.id, "dishonest", path.stem, None, f"not tried: {reason}") for e, path in cheats)
         return
-    with Grader(level, seed=seed, reuse=True, patience=1, diagnoses=0) as grader:
+    with Grader(level, seed=seed, patience=1, diagnoses=0) as grader:
         for exercise, path in cheats:
             result = grader.grade(exercise, path.read_bytes(), strict=False)
             honest = grader.grade(exercise, exercise.solution.read_bytes())
