@@ -60,8 +60,9 @@ class LLM:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        kv_format: str = "auto",
         attention: str = "auto",
-        block_size: int = 16,
+        block_size: int | None = None,
         num_blocks: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 512,
@@ -75,6 +76,7 @@ class LLM:
         debug: bool = False,
     ) -> None:
         config = EngineConfig(
+            kv_format=kv_format,
             block_size=block_size,
             num_blocks=num_blocks,
             max_num_seqs=max_num_seqs,

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import replace
 
-from minillm.attention import attention
 from minillm.claims.card import Finding, always, claim
 from minillm.claims.workbench import Served, Workbench
-from minillm.config import ModelConfig
+from minillm.config import BLOCK_SIZE
 from minillm.generate import generate, prefill
 from minillm.measure.counters import Counter
 from minillm.measure.formulas import (
+    Bytes,
+    format_element_bytes,
     kv_bytes_per_token,
     kv_crossover,
-    quantized_bytes,
     step_bytes,
     step_flops,
 )
 from minillm.measure.roof import quantized_speedup
-from minillm.measure.steps import decode_step, recompute_steps, request_steps
+from minillm.measure.stepper import StepRunner, weightless
+from minillm.measure.steps import Step, decode_step, recompute_steps, request_steps
+from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
 
 SHARED, LENGTH = 48, 64  # tokens of two prompts that are the same, of how many
@@ -194,45 +195,30 @@ def _crossing(bench: Workbench) -> float:
     },
 )
 def quantised_cache(bench: Workbench) -> dict[str, Finding]:
-    model = bench.shape("llama-3.1-8b")
-    shrink = 2 / quantized_bytes(8, group=model.config.head_dim)
+    config = bench.shape("llama-3.1-8b").config
+    layer = weightless(replace(config, num_layers=1))
+    shrink = 2 / format_element_bytes("int8", head_dim=config.head_dim, block_size=BLOCK_SIZE)
 
     def gain(context: int) -> tuple[float, float, float]:
-        counted = bench.count(model, decode_step(context)).total.bytes
-        tokens = torch.zeros(1, dtype=torch.int64, device="meta")
-        cache = Int8Cache(model.config, context)
-        with torch.inference_mode(), Counter(model, kv=cache) as quantised:
-            model.logits(model(tokens, tokens, cache.attend))
-        predicted = step_bytes(model.config, decode_step(context), 2).kv_share
-        before, after = (moved._replace(activations=0).total for moved in (counted, quantised.total.bytes))
-        extra = quantised.total.bytes.activations - counted.activations
-        return quantized_speedup(predicted, shrink), before / after, extra / (before - after)
+        step = decode_step(context)
+        weights = bench.count(bench.shape("llama-3.1-8b"), step).total.bytes.weights
+        plain, int8 = (_attention_bytes(layer, step, kv_format) for kv_format in ("auto", "int8"))
+        before, after = (moved.kv_read + moved.kv_write for moved in (plain, int8))
+        predicted = quantized_speedup(step_bytes(config, step, 2).kv_share, shrink)
+        counted = (weights + config.num_layers * before) / (weights + config.num_layers * after)
+        return predicted, counted, (int8.activations - plain.activations) / (before - after)
 
-    (short, counted_short, _), (long, counted_long, unpacking) = gain(1000), gain(131072)
+    (short, counted_short, _), (long, counted_long, unpacking) = gain(1024), gain(131072)
     return {
         "short": Finding("bytes, bf16 over int8, context 1k", short, counted_short, "×"),
         "long": Finding("bytes, bf16 over int8, context 131k", long, counted_long, "×"),
-        "unpacking": Finding("traffic of separate unpacking, per byte saved", None, unpacking, "B"),
+        "unpacking": Finding("unpacking by tiles, in the caches, per byte saved", None, unpacking, "B"),
     }
 
 
-class Int8Cache:
-    """One decode step on a cache of int8 with a bf16 scale per key and value, unpacked before attention.
-
-    Good for counting only: it holds whatever the memory held.
-    """
-
-    def __init__(self, config: ModelConfig, context: int) -> None:
-        self.config = config
-        shape = (2, config.num_layers, config.num_kv_heads, context, config.head_dim)
-        self.levels = torch.empty(shape, dtype=torch.int8, device="meta")
-        self.scales = torch.empty((*shape[:-1], 1), dtype=torch.bfloat16, device="meta")
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Quantise and write the new key and value, then unpack all of them and attend."""
-        for half, new in enumerate((k, v)):
-            scale = new.abs().amax(-1, keepdim=True) / 127
-            self.scales[half, layer, :, -1:] = scale.transpose(0, 1)
-            self.levels[half, layer, :, -1:] = (new / scale).round().transpose(0, 1)
-        keys, values = (self.levels[half, layer] * self.scales[half, layer] for half in (0, 1))
-        return attention(q, keys, values, scale=self.config.head_dim**-0.5)
+def _attention_bytes(layer: Decoder, step: Step, kv_format: str) -> Bytes:
+    """What one layer's attention moves, by the engine's own cache and reading."""
+    run = StepRunner(layer, step, kv_format=kv_format)
+    with Counter(layer, kv=run.cache) as counted:
+        run()
+    return counted.by_part()["attention"].bytes

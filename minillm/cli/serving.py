@@ -12,7 +12,7 @@ from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, facts, number, out
+from minillm.cli.console import Device, Dtype, KvFormat, Model, Seed, Threads, err, facts, number, out
 from minillm.cli.report import Against, JsonFile, Subject, check_file, check_rival, lengths, spread
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def serve(
     max_num_seqs: MaxNumSeqs = 64,
     prefix_caching: PrefixCaching = True,
     cache_gib: CacheGib = None,
+    kv_format: KvFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -86,7 +87,7 @@ def serve(
         burstiness=burstiness,
         seed=seed,
     )
-    config = _engine_config(policy, max_num_batched_tokens, max_num_seqs, prefix_caching, cache_gib, seed)
+    config = _engine_config(policy, max_num_batched_tokens, max_num_seqs, prefix_caching, cache_gib, kv_format, seed)
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
     engine, run = _serve(subject, config, load, max_concurrency)
     result = summarize(run, goodput=limits, percentiles=wanted, detailed=detailed)
@@ -99,11 +100,18 @@ def serve(
 
 
 def _engine_config(
-    policy: str, budget: int, max_num_seqs: int, prefix_caching: bool, cache_gib: float | None, seed: int
+    policy: str,
+    budget: int,
+    max_num_seqs: int,
+    prefix_caching: bool,
+    cache_gib: float | None,
+    kv_format: str,
+    seed: int,
 ) -> EngineConfig:
     from minillm.config import EngineConfig
 
     return EngineConfig(
+        kv_format=kv_format,
         policy=policy,
         max_num_batched_tokens=budget,
         max_num_seqs=max_num_seqs,
@@ -195,6 +203,7 @@ def throughput(
     max_num_batched_tokens: Budget = 512,
     max_num_seqs: MaxNumSeqs = 64,
     cache_gib: CacheGib = None,
+    kv_format: KvFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -217,7 +226,7 @@ def throughput(
         scale=scale,
         seed=seed,
     )
-    config = _engine_config("mixed", max_num_batched_tokens, max_num_seqs, True, cache_gib, seed)
+    config = _engine_config("mixed", max_num_batched_tokens, max_num_seqs, True, cache_gib, kv_format, seed)
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
     requests = load.requests(subject.model.config.vocab_size)
     with err.status("Preparing …") as status:

@@ -11,6 +11,7 @@ from rich.text import Text
 from minillm.cli.console import (
     Device,
     Dtype,
+    KvFormat,
     Model,
     Seed,
     Threads,
@@ -50,6 +51,7 @@ def demo(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv_format: KvFormat = "auto",
     threads: Threads = None,
     use: Use = None,
     picture: Annotated[Path, typer.Option(help="Where to save the timeline.")] = Path("minillm-demo.png"),
@@ -62,7 +64,7 @@ def demo(
     check_writable(picture)
     use_threads(threads)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    llm = LLM(model, device=device, dtype=dtype, use=use, seed=seed)
+    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, use=use, seed=seed)
     _show_used(llm)
     _warm_up(llm, prompt)
     _show(prompt, PROMPT_STYLE)
@@ -84,6 +86,7 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv_format: KvFormat = "auto",
     threads: Threads = None,
     use: Use = None,
 ) -> None:
@@ -93,7 +96,7 @@ def generate(
 
     use_threads(threads)
     params = SamplingParams(temperature=temperature, top_p=top_p, stop=stop or None, max_tokens=max_tokens, seed=seed)
-    llm = LLM(model, device=device, dtype=dtype, use=use, seed=seed)
+    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, use=use, seed=seed)
     _show_used(llm)
     _, request = _stream(llm, prompt, params)
     err.print(_timing(request), style="dim")
@@ -108,6 +111,7 @@ def chat(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    kv_format: KvFormat = "auto",
     threads: Threads = None,
 ) -> None:
     """Talk with a model that was taught to answer. An empty line or Ctrl-D ends the conversation."""
@@ -124,7 +128,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop_token_ids=tokenizer.eos_token_ids
     )
-    llm = LLM(model, device=device, dtype=dtype, seed=seed)
+    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
     while question := _ask():
         messages.append({"role": "user", "content": question})
         prompt = {"prompt_token_ids": tokenizer.apply_chat_template(messages)}
@@ -185,7 +189,7 @@ def _measured(llm: LLM, request: RequestOutput) -> Table:
     model = llm.engine.model
     element_bytes = model.dtype.itemsize
     prompt, new = len(request.prompt_token_ids), len(request.outputs[0].token_ids)
-    per_token = formulas.kv_bytes_per_token(model.config, element_bytes)
+    per_token = llm.engine.runner.cache.bytes_per_token
     weights = element_bytes * formulas.matmul_parameters(model.config)
     ttft, tpot = request.metrics.ttft, request.metrics.tpot
     rows = [
