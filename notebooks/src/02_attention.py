@@ -26,7 +26,10 @@ from minillm.viz.show import explore, fold, predict, show, show_card, this_machi
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
 config = model.config
+scale = config.head_dim**-0.5
 print(this_machine())
+heads = f"{config.num_heads} query heads, {config.num_kv_heads} KV heads of {config.head_dim}"
+print(f"{config.num_layers} layers, {heads}")
 
 # %% [markdown]
 """
@@ -128,25 +131,24 @@ def by_hand(q, k, v, mask, scale):
 
 # %% [markdown]
 """
-| tensor | shape | in the embedded model |
-|---|---|---|
-| queries | `[q_len, heads, d]` | 4 heads of 64 |
-| keys, values | `[kv_heads, kv_len, d]` | 2 heads of 64 |
-| scores, weights | `[heads, q_len, kv_len]` | 4 matrices |
-| output | `[q_len, heads, d]` | as the queries |
+| tensor | shape |
+|---|---|
+| queries, output | `[q_len, heads, d]` |
+| keys, values | `[kv_heads, kv_len, d]` |
+| scores, weights | `[heads, q_len, kv_len]` |
 
-The package's version is `minillm/attention/naive.py`. Both on random input:
+The package's version is `minillm/attention/naive.py`. Both on random input, in the embedded model's shapes:
 """
 
 # %%
 for q_len, kv_len in [(33, 33), (5, 40), (1, 64)]:
     q = torch.randn(q_len, config.num_heads, config.head_dim, generator=generator)
     k, v = torch.randn(2, config.num_kv_heads, kv_len, config.head_dim, generator=generator)
-    scale = config.head_dim**-0.5
     ours = by_hand(q, k, v, visible(q_len, kv_len), scale)
     theirs = attention_map(q, k, v, scale=scale)
     gap = max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True))
-    print(f"{q_len:2} queries, {kv_len} keys: largest difference of output and map {gap:.0e}")
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, map {list(theirs[1].shape)}"
+    print(f"{shapes:55} largest difference {gap:.0e}")
 
 # %% [markdown]
 """
@@ -302,7 +304,7 @@ The same text for each head of the model, cut shorter. The first slider chooses 
 """
 
 # %%
-short = token_ids[-18:]
+short = token_ids[-16:]
 short_maps, _ = look(short)
 short_texts = [tokenizer.decode([token]) for token in short]
 explore(
@@ -383,7 +385,8 @@ fold(
 """
 ## What people say
 
-Statements about attention, tried on this model. A bar is what was measured, a tick what the formula predicted; the verdict is computed from the two.
+Statements about attention, tried on this model. A bar is what was measured, a tick what the formula predicted; the verdict is computed from the two. The last one is about FLOPs: the scores grow with the square of the
+prompt, but the model's matrices have so many more numbers that it takes a very long prompt to notice.
 """
 
 # %%
