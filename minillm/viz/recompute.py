@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,8 +80,12 @@ def _draw_cells(axes: Axes, rows: Sequence[Mapping[int, str]], labels: Sequence[
     for row, kinds in enumerate(rows):
         for column, kind in kinds.items():
             axes.add_patch(Rectangle((column + 0.06, row + 0.06), 0.88, 0.88, linewidth=0.6, **LOOKS[kind]))
-    axes.set_xticks([column + 0.5 for column in range(len(labels))], labels, rotation=90)
-    axes.set_yticks([row + 0.5 for row in range(len(rows))], [str(row + 1) for row in range(len(rows))])
+    every = math.ceil((style.SMALL + 3) / style.points_per_unit(axes))  # of the columns has room for words
+    places = range(0, len(labels), every)
+    axes.set_xticks([place + 0.5 for place in places], [labels[place] for place in places], rotation=90)
+    axes.set_yticks(
+        [row + 0.5 for row in range(0, len(rows), every)], [str(row + 1) for row in range(0, len(rows), every)]
+    )
     axes.tick_params(length=0, pad=2)
 
 

@@ -161,7 +161,8 @@ def one_walk(site: Site, batch: int, context: int, measured: float, longest: flo
     words = f"One walk, {_count(batch, 'word', 'words')}: {quantity(measured / batch, 's')} a word"
     style.add_title(figure, words)
     axes = style.add_row(figure, top=0.45, height=1.2, left=1.9)
-    axes.set(xlim=(0, 1.18 * longest), ylim=(len(rows) - 0.5, -0.5))
+    end = max(longest, *(seconds for _, seconds, _ in rows))
+    axes.set(xlim=(0, 1.18 * end), ylim=(len(rows) - 0.5, -0.5))
     style.bare(axes, keep="left")
     for row, (_, seconds, look) in enumerate(rows):
         axes.barh(row, seconds, 0.6, **look)
