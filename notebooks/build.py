@@ -42,7 +42,10 @@ SECONDS = {"07": 90, "15": 90}  # of a run on two cores: reported, never asserte
 USUAL_SECONDS = 45
 THUMBNAIL = (420, 260)  # pixels
 WIDGET = "application/vnd.jupyter.widget-view+json"
-KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+METADATA = {  # no version: it is the machine's
+    "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+    "language_info": {"name": "python"},
+}
 PRIVATE = re.compile(r"(?:^|[\s'\"(=])(/(?:home|root|tmp|Users|work|usr|opt|var)/[^\s'\"]*)|object at 0x[0-9a-f]+")
 LAST_WORDS = """import resource, sys
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))"""
@@ -58,7 +61,7 @@ class Run(NamedTuple):
 def read_source(path: Path) -> NotebookNode:
     """The notebook of a source, not executed: ids follow from the cells' text, so that they move with it."""
     notebook = jupytext.read(path, fmt="py:percent")
-    notebook.metadata = NotebookNode(kernelspec=NotebookNode(KERNEL), language_info=NotebookNode(name="python"))
+    notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
@@ -93,7 +96,7 @@ def _transport(folder: str) -> dict[str, str]:
 
 def normalise(notebook: NotebookNode) -> None:
     """Take off what differs from run to run, and widgets: a page without a kernel shows the picture beside them."""
-    notebook.metadata.pop("widgets", None)
+    notebook.metadata = nbformat.from_dict(METADATA)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for count, cell in enumerate(code, 1):
         cell.execution_count = count
