@@ -19,3 +19,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=500,
         help="random workloads for the engine, over all policies",
     )
+    parser.addoption("--submissions", type=int, default=8, help="size of the class that the grader's test grades")
