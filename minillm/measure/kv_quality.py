@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from minillm.attention.naive import naive_attention
-from minillm.cache.contiguous import ContiguousCache, QuantizedContiguousCache, SequenceCache
+from minillm.cache.contiguous import ContiguousCache, new_cache
 from minillm.cache.formats import Format, Int4
 from minillm.config import ModelConfig
 from minillm.errors import ConfigError
@@ -41,9 +41,8 @@ class Sample:
         """‖ô - o‖ / ‖o‖ over the outputs o of the last `queries` tokens, where ô reads the cache in `kv_format`."""
         heads, d, before = self.q.shape[1], self.q.shape[2], self.k.shape[1] - queries
         exact = naive_attention(self.q[before:], self.k, self.v, scale=d**-0.5)
-        config = _one_layer(heads, len(self.k), d)
-        sizes = {"capacity": self.k.shape[1], "device": torch.device("cpu"), "dtype": torch.float32}
-        cache = QuantizedContiguousCache(config, kv_format, **sizes)  # type: ignore[arg-type]
+        config, capacity = _one_layer(heads, len(self.k), d), self.k.shape[1]
+        cache = new_cache(config, kv_format, capacity=capacity, device=self.k.device, dtype=torch.float32)
         k, v = self.k.transpose(0, 1), self.v.transpose(0, 1)
         cache.attend(0, self.q[:before], k[:before], v[:before])
         cache.num_tokens = before
@@ -117,17 +116,10 @@ def perplexity(model: Decoder, rows: Tensor, kv_format: Format | None = None) ->
     """
     losses = []
     for row in rows.to(model.device):
-        cache = sequence_cache(model, kv_format, len(row))
+        cache = new_cache(model.config, kv_format, capacity=len(row), device=model.device, dtype=model.dtype)
         logits = model.logits(_run(model, row[:-1], cache.attend))
         losses.append(cross_entropy(logits, row[1:]).item())
     return math.exp(sum(losses) / len(losses))
-
-
-def sequence_cache(model: Decoder, kv_format: Format | None, capacity: int) -> SequenceCache:
-    """An empty cache of one sequence in the format; None is the model's dtype."""
-    if kv_format is None:
-        return ContiguousCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
-    return QuantizedContiguousCache(model.config, kv_format, capacity=capacity, device=model.device, dtype=model.dtype)
 
 
 def _run(model: Decoder, tokens: Tensor, attend: Attend) -> Tensor:

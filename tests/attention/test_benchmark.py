@@ -84,3 +84,25 @@ def test_defaults_of_a_gpu(benchmark: ModuleType) -> None:
     args = benchmark.parse(["--device", "cuda"])
     assert args.lengths[0] == 512 and args.lengths[-1] == 32768 and args.contexts[-1] == 131072
     assert args.prefill == ["triton", "flash", "cudnn", "naive"] and args.out.name == "attention_cuda.json"
+
+
+def test_decodes_of_quantised_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, benchmark: ModuleType) -> None:
+    """Every candidate is right, and the file says how many bits it read."""
+    import kv_decode
+
+    monkeypatch.setattr(kv_decode, "measure_hardware", benchmark.measure_hardware)
+    sizes = ["--contexts=64", "--shapes=smollm2-135m", "--batches=2", "--cold-bytes=1", "--repeats=2"]
+    kv_decode.main(["--device=cpu", *sizes, "--out", str(tmp_path / "out.json")])
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    bits = {name: one["bits"] for name, one in row["candidates"].items()}
+    assert bits == {"plain": 32, "fp8": 8.25, "int8": 8.25, "int4": 4.75, "int8 decoded first": 8.25}
+    assert all(one["max_error"] < 1e-5 and one["seconds"][1] > 0 for one in row["candidates"].values())
+    sys.modules.pop("kv_decode")
+
+
+def test_the_comparison_begins_with_the_plain_cache(benchmark: ModuleType) -> None:
+    import kv_decode
+
+    with pytest.raises(SystemExit):
+        kv_decode.parse(["--candidates", "int8"])
+    sys.modules.pop("kv_decode")

@@ -143,6 +143,15 @@ def test_every_code_of_float8_is_read_exactly() -> None:
     assert torch.equal(out[0, 0], numbers)
 
 
+def test_what_the_benchmark_measures_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from kv_decode import DECODED_FIRST, PLAIN, KvDecodes
+
+    for name in (PLAIN, *NAMES, DECODED_FIRST):
+        work = KvDecodes.random(name, "smollm2-135m", 2, 64, torch.device("cpu"), cold_bytes=1)
+        assert work.error(work.call("triton")()) < 1e-5 < work.error(work.q), name
+
+
 def test_int4_keys_want_their_tails() -> None:
     form = FORMATS["int4"]
     pools = [QuantizedPool(codec, (1, 2, 4, 8), torch.device("cpu")) for codec in (form.keys, form.values)]
