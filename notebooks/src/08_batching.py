@@ -87,7 +87,7 @@ part, and whether it was a prompt (*prefill*) or a new token (*decode*).
 """
 
 # %%
-rng = random.Random(1)
+rng = random.Random(58)
 wanted = [rng.choice([4, 6, 8, 10, 14, 24, 36]) for _ in range(12)]
 prompts = [rng.choices(range(1, 4000), k=rng.randint(8, 40)) for _ in wanted]
 
@@ -289,7 +289,7 @@ recorded = {
         name: run_engine(policy, n)[0]
         for name, policy in (("static", "static"), ("continuous", "mixed"))
     }
-    for n in (2, 4, 6, 8)
+    for n in (2, 4, 8)
 }
 print("seats   steps static   steps continuous   seats empty, static and continuous")
 for n, traces in recorded.items():
@@ -316,8 +316,9 @@ roof = Roof(h200.bfloat16_rate, h200.read_bandwidth)
 one, many_at_once = (tpot_bound(llama, 1000, 2, roof, batch=batch) for batch in (1, 64))
 fold(
     "Answer",
-    f"Batch 1 reads {matrices / 1e9:.1f} GB for one token: {1e3 * one:.2f} ms, {1 / one:.0f} tokens per second. "
-    f"Batch 64 reads the same and {64e3 * per_token / 1e9:.1f} GB of KV: {1e3 * many_at_once:.2f} ms, "
+    f"Batch 1 reads {matrices / 1e9:.1f} GB for one token: {1e3 * one:.2f} ms, "
+    f"{1 / one:.0f} tokens per second. Batch 64 reads the same and {64e3 * per_token / 1e9:.1f} "
+    f"GB of KV: {1e3 * many_at_once:.2f} ms, "
     f"**{64 / many_at_once:,.0f} tokens per second**: {64 / many_at_once * one:.0f} times as "
     f"many, while everybody waits {many_at_once / one:.2f} times as long.",
 )
