@@ -27,8 +27,8 @@ EXERCISE = Exercise(
                 "sorted(range(len(running)), key=lambda i: running[i] > 1) puts decodes first and keeps ages in order. "
                 "The waiting ones come last and stop at the first that gets nothing.",
                 "scheduled = [0] * len(running); for i in that order: scheduled[i] = min(running[i], budget); "
-                "budget -= scheduled[i]. Then for n in waiting[:max(0, max_num_seqs - len(running))]: stop at budget 0, else "
-                "append min(n, budget) and take it off",
+                "budget -= scheduled[i]. Then for n in waiting[:max(0, max_num_seqs - len(running))]: stop at "
+                "budget 0, else append min(n, budget) and take it off",
             ),
         ),
         Task(
