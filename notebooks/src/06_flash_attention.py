@@ -300,7 +300,7 @@ it sees once, so the height R decides how often keys are read.
 """
 
 # %%
-heights = [16, 32, 64, 128, 256, 512]
+heights = [32, 64, 128, 256, 512]
 costs = []
 for height in heights:
     counted = count(partial(tiled_attention, q_tile=height, kv_tile=64), *inputs)
@@ -312,10 +312,10 @@ for height in heights:
     shown = f"{quantity(moved, 'B'):>8} counted, {quantity(predicted, 'B'):>8} by the formula"
     print(f"{height:4} queries per tile: {shown}")
 naive_cost = TileCost(N, textbook.total.bytes.total, 0, textbook.peak_bytes)
-bytes_ratio = naive_cost.moved / costs[2].moved
+bytes_ratio = naive_cost.moved / costs[1].moved
 textbook_moved = quantity(naive_cost.moved, "B")
 print(
-    f"textbook: {textbook_moved}, {bytes_ratio:.0f} times the bytes of tiles of {costs[2].rows}"
+    f"textbook: {textbook_moved}, {bytes_ratio:.0f} times the bytes of tiles of {costs[1].rows}"
 )
 
 # %%
@@ -324,7 +324,7 @@ caches = [(name, size) for name, size in machine.cache_bytes if name != "L1"]
 most, least = (quantity(cost.moved, "B") for cost in (costs[0], costs[-1]))
 show(
     tile_cost(costs, naive_cost, caches),
-    alt=f"Left: bytes moved against the height of the tiles, {most} at 16 queries down to "
+    alt=f"Left: bytes moved against the height of the tiles, {most} at 32 queries down to "
     f"{least} at 512, points on the formula; the score matrix needs {textbook_moved}. Right: "
     "memory held grows with the height, past the size of the second-level cache.",
 )
@@ -346,12 +346,12 @@ guess_bytes.against(bytes_ratio)
 """
 ## Memory against the length of the prompt
 
-The largest intermediate of each version, for prompts of 128 to 4,096 tokens. For this the counter needs no memory at all: on
+The largest intermediate of each version, for prompts of 256 to 4,096 tokens. For this the counter needs no memory at all: on
 PyTorch's `meta` device tensors have shapes and nothing else.
 """
 
 # %%
-lengths = [128, 256, 512, 1024, 2048, 4096]
+lengths = [256, 512, 1024, 2048, 4096]
 largest = {"textbook": [], "tiles": []}
 for n in lengths:
     shapes = (
@@ -360,11 +360,11 @@ for n in lengths:
     )
     largest["textbook"].append(count(naive_attention, *shapes).largest[0])
     largest["tiles"].append(
-        count(partial(tiled_attention, q_tile=128, kv_tile=128), *shapes).largest[0]
+        count(partial(tiled_attention, q_tile=256, kv_tile=256), *shapes).largest[0]
     )
 formula = {
     "textbook": [4 * HEADS * n * n for n in lengths],
-    "tiles": [4 * HEADS * 128 * 128 for _ in lengths],
+    "tiles": [4 * HEADS * 256 * 256 for _ in lengths],
 }
 print("counted = formula:", {name: largest[name] == formula[name] for name in largest})
 growth = largest["textbook"][-1] / largest["textbook"][-2]
@@ -375,21 +375,21 @@ show(
         f"Twice the prompt, {growth:.0f} times the score matrix; a tile stays a tile",
         [
             prefill_curve("textbook", lengths, largest["textbook"], formula["textbook"]),
-            prefill_curve("tiles of 128", lengths, largest["tiles"], formula["tiles"]),
+            prefill_curve("tiles of 256", lengths, largest["tiles"], formula["tiles"]),
         ],
         x="prompt, tokens",
         y="Largest intermediate, 4 heads, float32",
         unit="B",
         x_scale="log",
     ),
-    alt="Largest intermediate against prompt length, 128 to 4,096. The textbook's grows with "
+    alt="Largest intermediate against prompt length, 256 to 4,096. The textbook's grows with "
     f"the square, to {quantity(largest['textbook'][-1], 'B')}; that of tiles stays at "
     f"{quantity(largest['tiles'][-1], 'B')}.",
 )
 
 # %% [markdown]
 """
-A line of slope 2 and a level one. At 128 tokens they meet: a prompt of one tile *is* its score matrix.
+A line of slope 2 and a level one. At 256 tokens they meet: a prompt of one tile *is* its score matrix.
 
 ## And the time?
 
