@@ -164,7 +164,7 @@ class QuantizedContiguousCache:
     def _chunk(self, start: int, end: int) -> Attend:
         table = range(1, 2 + (end - 1) // self.block_size)
         if self.blocks.tails:
-            self.blocks.tails.keep([1 + start // self.block_size])
+            self.blocks.tails.keep([1 + start // self.block_size] if start % self.block_size else [])
         return self.blocks.attend(
             PagedLayout.build([table], [end - start], [end], block_size=self.block_size, device=self.device)
         )

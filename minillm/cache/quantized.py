@@ -19,7 +19,8 @@ class QuantizedCache(BlockTensors):
     """Keys and values of many sequences in a `kv_format`; otherwise as `PagedCache`.
 
     Formats that quantise keys by block also need `num_tails` tails (None: one per block, which always suffices), and
-    to be told between two steps which blocks a sequence goes on in: `tails.keep`.
+    to be told between two steps which blocks a sequence goes on in: `tails.keep`. `bytes_read` counts all keys as they
+    are stored, those of the last block too.
     """
 
     def __init__(

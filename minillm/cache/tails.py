@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minillm.attention import PagedLayout
 from minillm.attention.quantized import Tails
-from minillm.cache.blocks import DUMMY_BLOCK
+from minillm.cache.blocks import DUMMY_BLOCK, ensure
 from minillm.errors import ConfigError
 
 
@@ -60,8 +60,10 @@ class TailPool:
         return block in self._tails
 
     def keep(self, blocks: Iterable[int]) -> None:
-        """Take back the tails of all other blocks."""
-        for block in self._tails.keys() - {DUMMY_BLOCK, *blocks}:
+        """Take back the tails of all other blocks. Raises `AssertionError` if one of these has none: keys are lost."""
+        kept = {DUMMY_BLOCK, *blocks}
+        ensure(kept <= self._tails.keys(), f"blocks {kept - self._tails.keys()}, to be gone on in, have tails")
+        for block in self._tails.keys() - kept:
             self._free.append(self._tails.pop(block))
 
     def copy(self, copies: list[tuple[int, int]]) -> None:

@@ -36,7 +36,8 @@ class DraftModelProposer:
     """
 
     def __init__(self, model: Decoder, config: EngineConfig | None = None) -> None:
-        self.config = replace(config or EngineConfig(), kv_format="auto")
+        config = config or EngineConfig()
+        self.config = replace(config, kv_format="auto", block_size=config.kv_block_size)
         self.runner = ModelRunner(model, self.config)
         self.pool = BlockPool(
             self.runner.cache.num_blocks,

@@ -22,9 +22,9 @@ from tests.cache.definition import DefinitionCache
 from tests.engine import test_fuzz
 from tests.engine.test_fuzz import tiny_model
 from tests.engine.workloads import Completions, Workload, compare, play, random_workload
-from tests.speculative.test_engine import fuzz, garbage, half_right, ngram, with_a_model
+from tests.speculative.test_engine import fuzz, garbage, half_right, ngram, target_itself, with_a_model
 
-NUM_SEEDS = 8
+NUM_SEEDS = 6
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +85,17 @@ def test_speculation_rolls_back(kv_format: str, make: Any) -> None:
     fuzz(serve, make, lambda workload: alone_all(in_format(workload, kv_format)), num_seeds=4)
 
 
+def test_a_draft_model_keeps_its_own_keys_exact() -> None:
+    """Its twins roll back further than one step, so its cache is not quantised."""
+
+    def serve(workload: Workload, proposer: Any) -> Engine:
+        assert proposer.runner.cache.tails is None
+        return with_a_model(in_format(workload, "int4"), proposer)
+
+    alone = lambda workload: alone_all(in_format(workload, "int4"))  # noqa: E731
+    fuzz(serve, target_itself, alone, only_greedy=True, num_seeds=2)
+
+
 def test_formats_share_no_blocks() -> None:
     """The format is part of a prefix's name, as the model is: the same tokens, other KV."""
     configs = (replace(random_workload(0, "mixed").config, kv_format=name) for name in ("auto", *FORMATS))
@@ -134,11 +145,17 @@ def _goes_on_anywhere(self: BlockPool, tokens: list[int], salt: object = None) -
 
 _right_open = BlockPool.open
 
+
+def test_a_hit_within_a_block_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockPool, "open", _goes_on_anywhere)
+    with pytest.raises(AssertionError):
+        test_a_hit_goes_on_where_a_block_begins()
+
+
 MUTANTS: dict[str, tuple[str, type, str, Any]] = {
     "a tail is gone when its block is complete": ("int4", TailPool, "begin", _forgets_completed),
     "tails are not copied": ("int4", TailPool, "copy", lambda self, copies: None),
     "all tails are taken back": ("int4", TailPool, "keep", lambda self, blocks: _right_keep(self, [])),
-    "a hit goes on within a block": ("int4", BlockPool, "open", _goes_on_anywhere),
     "trap 48: ranges are not copied": ("int8", QuantizedCache, "copy", _copies_codes_only),
     "trap 48: nothing is copied": ("fp8", QuantizedCache, "copy", lambda self, copies: None),
 }
