@@ -85,8 +85,7 @@ def prefix_trees(snapshots: Sequence[PoolSnapshot], captions: Sequence[str], dec
             axes, tree, snapshot, min(WIDEST, (style.WIDTH - 2 * style.MARGIN - NAMES) / columns), decode, before
         )
         top, before = top + height, snapshot
-    key = "×3: held by three     dots: shared     pale frame, ×0: held by nobody, remembered     bold: new"
-    figure.text(0.5, 0.12 / figure.get_figheight(), key, ha="center", size=style.SMALL, color=style.QUIET)
+    figure.text(0.5, 0.12 / figure.get_figheight(), _key(snapshots), ha="center", size=style.SMALL, color=style.QUIET)
     return figure
 
 
@@ -95,7 +94,22 @@ def _title(snapshots: Sequence[PoolSnapshot]) -> str:
     entries, held = max(
         ((sum(map(len, one.tables.values())), one.num_held) for one in snapshots), key=lambda pair: pair[0] - pair[1]
     )
+    if entries == held:
+        return "Each block is held by one sequence" if held else "Nobody holds a block; the text is remembered"
     return f"What several sequences begin with is kept once: {held} blocks do the work of {entries}"
+
+
+def _key(snapshots: Sequence[PoolSnapshot]) -> str:
+    """What the signs mean, of those that are there."""
+    signs = {
+        "7: ×1   block 7, held by one": True,
+        "dots: held by several": any(max(one.ref_counts) > 1 for one in snapshots),
+        "pale frame, ×0: held by nobody, remembered": any(
+            not one.ref_counts[b] for one in snapshots for b in one.known
+        ),
+        "bold: new": len(snapshots) > 1,
+    }
+    return "     ".join(words for words, there in signs.items() if there)
 
 
 def _draw_tree(

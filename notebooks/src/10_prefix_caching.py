@@ -159,7 +159,7 @@ half-filled last one included. Each is about to write its own token into that bl
 
 # %%
 engine = Engine(model, EngineConfig(num_blocks=64, block_size=8))
-params = SamplingParams(temperature=1, max_tokens=6, n=3, seed=3, ignore_eos=True)
+params = SamplingParams(temperature=1, max_tokens=6, n=3, seed=1, ignore_eos=True)
 engine.add(tokenizer.encode("def area(width, height):\n    return"), params, request_id="A")
 forked, copies = [], []
 for _ in range(4):
@@ -414,7 +414,7 @@ print("mutant: {!r}, {} tokens found".format(*third_text(Orphan)))
 
 # %% [markdown]
 """
-More hits, lower latency, wrong answers: the dashboard looks better than before. Only a comparison of logits finds it.
+More hits, lower latency, wrong answers: the dashboard looks better than before. Only a comparison of texts finds it.
 
 **Mutant 2: share, and forget to copy.** The plan says which blocks to copy; this engine ignores it. One prompt, three completions.
 """

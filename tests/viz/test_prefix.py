@@ -63,6 +63,13 @@ def test_the_title_counts_what_sharing_saves() -> None:
     )
 
 
+def test_the_title_says_where_nothing_is_shared() -> None:
+    shots, captions = story()
+    first, last = (prefix_trees([shots[i]], [captions[i]], spell).texts for i in (0, -1))
+    assert first[0].get_text() == "Each block is held by one sequence" and "bold" not in first[1].get_text()
+    assert last[0].get_text().startswith("Nobody holds a block")
+
+
 def test_a_copy_is_bold() -> None:
     engine = busy_engine()
     add(engine, "A", [1, 2, 3, 4, 5, 6], 4, n=3)
