@@ -118,7 +118,7 @@ show(
         ticks="Bars: what is drawn from. Ticks: the model's own distribution, at temperature 1",
     ),
     alt="Five bar charts of the ten likeliest next tokens. Temperature 0.5 sharpens, 1.5 "
-    "flattens; top-k, top-p and min-p cut the tail at different places and leave the ratios as they are.",
+    "flattens; top-k, top-p and min-p cut the tail at different places and keep all ratios.",
 )
 
 # %% [markdown]
