@@ -1,7 +1,8 @@
 """`minillm`, the command line. Each command is a thin shell around what the library does.
 
 Nothing here imports PyTorch before a command runs, so that `--help` answers at once. Wrong input ends with one clear
-message and exit code 2, a fault of ours with exit code 1; a traceback is shown only to those who ask (`--debug`).
+message and exit code 2, a fault of ours with exit code 1 (of the grader: 3, since 1 says that checks failed); a
+traceback is shown only to those who ask (`--debug`).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from minillm.cli.speculation import spec
 from minillm.cli.teach import teach
 from minillm.cli.train import train
 from minillm.cli.write import chat, demo, generate
-from minillm.errors import MinillmError
+from minillm.errors import GraderError, MinillmError
 
-WRONG_INPUT, OUR_FAULT = 2, 1
+WRONG_INPUT, OUR_FAULT, GRADER_FAULT = 2, 1, 3  # of lab and teach, 1 means: not all checks passed
 
 app = typer.Typer(
     name="minillm",
@@ -78,8 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("MINILLM_DEBUG"):
             raise
         if isinstance(error, MinillmError):
-            _fail(str(error), WRONG_INPUT)
-        _fail(f"{type(error).__name__}: {error}\nThis should not happen. minillm --debug … shows where.", OUR_FAULT)
+            _fail(str(error), GRADER_FAULT if isinstance(error, GraderError) else WRONG_INPUT)
+        grades = {"lab", "teach"} & set((sys.argv[1:] if arguments is None else arguments)[:2])
+        fault = f"{type(error).__name__}: {error}\nThis should not happen. minillm --debug … shows where."
+        _fail(fault, GRADER_FAULT if grades else OUR_FAULT)
 
 
 def _fail(message: str, code: int) -> NoReturn:

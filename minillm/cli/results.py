@@ -32,19 +32,15 @@ def result_view(exercise: Exercise, result: Result, *, path: str) -> Group:
 
 def failure_view(check: CheckResult) -> Group:
     """What was called, what came out, why that matters, and what probably caused it."""
-    parts: list[RenderableType] = []
     if check.status == "todo":
-        return Group(Text(f"Next: {check.what}."))
-    parts.append(Text(check.title, style="bold red"))
+        return Group(*map(Text, check.told()))
+    parts: list[RenderableType] = [Text(check.shown_title, style="bold red")]
     if check.calls:
         more = [f"… {len(check.calls) - CALLS} calls before"] if len(check.calls) > CALLS else []
         calls = "\n".join([*more, *check.calls[-CALLS:]])
         parts += [Text(f"Called (seed {check.seed}):", style="dim"), Padding(Text(calls), (0, 0, 0, 2))]
-    parts.append(Text(check.what))
-    if check.why:
-        parts.append(Text(f"Expected here: {check.why}.", style="dim"))
-    if check.diagnosis:
-        parts.append(Text(f"This is what comes out when {check.diagnosis}.", style="bold yellow"))
+    what, *rest = check.told()
+    parts += [Text(what), *(Text(line, style="yellow") for line in rest)]
     if check.output:
         parts += [Text("Your code printed:", style="dim"), Padding(Text(check.output), (0, 0, 0, 2))]
     return Group(*parts)
@@ -73,9 +69,8 @@ def _checks(result: Result) -> Table:
     table.add_column(justify="right")
     for check in result.checks:
         sign, style = SIGNS.get(check.status, ("✗", "red"))
-        title = "a hidden check" if check.hidden and not check.passed else check.title
         status = "" if check.status in ("passed", "wrong", "todo") else f" ({check.status})"
-        table.add_row(Text(sign, style), f"{title}{status}", f"{check.points}/{check.max_points}")
+        table.add_row(Text(sign, style), f"{check.shown_title}{status}", f"{check.points}/{check.max_points}")
     return table
 
 

@@ -82,6 +82,7 @@ class Exercise:
     id: str = ""
     slug: str = ""
     title: str = ""
+    question: str = ""
     minutes: int = 0
     difficulty: int = 0  # 1 to 5
     root: Path = Path()
@@ -195,7 +196,8 @@ def _header(root: Path, id: str) -> dict[str, Any]:
     title, minutes, dots = found.groups()
     return {
         "slug": paths[0].stem.partition("_")[2],
-        "title": title.rstrip("."),
+        "title": title.partition(":")[0].rstrip("."),
+        "question": title.partition(":")[2].strip(),
         "minutes": int(minutes),
         "difficulty": len(dots),
     }

@@ -17,7 +17,6 @@ from minillm.lab.bulk import Graded
 from minillm.lab.results import CheckResult
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-HIDDEN = "a hidden check"
 
 
 def wide_csv(graded: Sequence[Graded]) -> str:
@@ -69,7 +68,9 @@ def gradescope(graded: Graded) -> str:
             visibility = "hidden" if check.hidden else "visible"
             name = f"{result.exercise} {check.task}: {check.title}"
             facts = {"score": check.points, "max_score": check.max_points, "output": _told(check)}
-            tests.append({"name": name, "status": _word(check), "visibility": visibility, **facts})
+            tests.append(
+                {"name": name, "status": "passed" if check.passed else "failed", "visibility": visibility, **facts}
+            )
     score = {"score": graded.points, "output": "; ".join(graded.flags), "output_format": "text", "tests": tests}
     return json.dumps(score, indent=1, ensure_ascii=False)
 
@@ -101,7 +102,7 @@ def feedback(graded: Graded) -> str:
         lines += [f"## {result.exercise}: {result.points} of {result.max_points} points", ""]
         lines += [*_quoted(result.message), ""] if result.message else []
         for check in result.checks:
-            title = HIDDEN if check.hidden else check.title
+            title = "a hidden check" if check.hidden else check.title
             lines.append(f"* {'✓' if check.passed else '✗'} {check.task}: {title} ({check.points}/{check.max_points})")
             if not check.passed and not check.hidden:
                 lines += [""] + _quoted(_told(check)) + [""]
@@ -110,16 +111,7 @@ def feedback(graded: Graded) -> str:
 
 
 def _told(check: CheckResult) -> str:
-    """What a failed check says."""
-    if check.passed:
-        return ""
-    parts = [check.what, f"Expected here: {check.why}." if check.why else ""]
-    parts.append(f"This is what comes out when {check.diagnosis}." if check.diagnosis else "")
-    return "\n".join(part for part in parts if part)
-
-
-def _word(check: CheckResult) -> str:
-    return "passed" if check.passed else "failed"
+    return "" if check.passed else "\n".join(check.told())
 
 
 def _quoted(text: str) -> list[str]:

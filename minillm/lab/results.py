@@ -38,6 +38,20 @@ class CheckResult:
         """Whether it gave its points."""
         return self.status == "passed"
 
+    @property
+    def shown_title(self) -> str:
+        """The title, as learners may see it."""
+        return "a hidden check" if self.hidden and not self.passed else self.title
+
+    def told(self) -> list[str]:
+        """What a check that did not pass says, in lines: what is wrong, what is expected, the likely mistake."""
+        if self.status == "todo":
+            return [f"Next: {self.what}."]
+        said = [self.what]
+        said += [f"Checked here: {self.why}."] if self.why else []
+        said += [f"This is what comes out when {self.diagnosis}."] if self.diagnosis else []
+        return said
+
 
 @dataclass(frozen=True)
 class Result:

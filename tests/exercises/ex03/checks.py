@@ -168,7 +168,7 @@ def memory_grows_as_far_as_needed(case: Case) -> None:
 
 @check("attend", points=3)
 def queries_see_the_cache(case: Case) -> None:
-    """A prompt, then a chunk, then a single token see all that is before them"""
+    """A prompt, a chunk and a single token see all that is before them"""
     layers, kv_heads, d = config(case)
     target = cache(case, layers, kv_heads, d, capacity=16)
     written: list[list[tuple]] = [[] for _ in range(layers)]
@@ -187,7 +187,7 @@ def queries_see_the_cache(case: Case) -> None:
 
 @check("truncate", points=2)
 def taken_back(case: Case) -> None:
-    """Tokens taken back are not seen, and the next ones stand in their place"""
+    """Tokens taken back are not seen, the next ones take their place"""
     layers, kv_heads, d = config(case)
     target = cache(case, layers, kv_heads, d, capacity=16)
     (k, v), *_ = store(case, target, layers, 6, kv_heads, d)
@@ -213,7 +213,7 @@ def impossible_truncations(case: Case) -> None:
 
 @check("phases", points=2)
 def prefill_equals_recomputing(case: Case) -> None:
-    """Prefill gives the logits behind the prompt, and a cache that holds it"""
+    """Prefill gives the logits behind the prompt, and a cache with it"""
     theirs, ours = toy(case)
     prompt = tokens(case, 5)
     got = case.learner.prefill(theirs, prompt)
@@ -224,7 +224,7 @@ def prefill_equals_recomputing(case: Case) -> None:
 
 @check("phases", points=3)
 def decode_equals_recomputing(case: Case) -> None:
-    """Each decode step gives the same logits as running everything again, and runs one token"""
+    """Decode gives the logits of running everything again, from one token"""
     theirs, ours = toy(case)
     text = tokens(case, 9)
     got = case.learner.prefill(theirs, text[:4])
