@@ -1,0 +1,456 @@
+# %% [markdown]
+"""
+# 12 · KV quantisation
+
+**How few bits does a memory need?**
+
+40 minutes · needs 03 and 05 · runs offline on a CPU
+
+The KV cache decides how many conversations fit into memory, and in long ones it is most of what a decode step reads. Each of its
+numbers has 16 bits. This lesson stores them in 8 and in 4, finds out where that hurts, and measures what it buys.
+"""
+
+# %%
+import torch
+
+from minillm import LLM, SamplingParams, load_model, load_tokenizer
+from minillm.cache.contiguous import new_cache
+from minillm.cache.formats import FORMATS, Format, Int4, PerToken8
+from minillm.claims import CLAIMS, Workbench
+from minillm.generate import extend
+from minillm.measure.bench_kv import bench_kv, bench_quality
+from minillm.measure.formulas import format_element_bytes, step_bytes
+from minillm.measure.kv_quality import held_out_rows, perplexity, trained_samples
+from minillm.measure.roof import quantized_speedup
+from minillm.measure.steps import decode_step
+from minillm.model.shapes import named_shape
+from minillm.viz.formats import format_figure, quality_figure
+from minillm.viz.quantization import level_figure
+from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
+
+model = load_model("tiny", device="cpu", dtype="float32", progress=False)
+tokenizer = load_tokenizer("tiny")
+print(this_machine())
+
+# %% [markdown]
+"""
+## Predict
+
+A cache of 4 bits has a quarter of the bits of one of 16.
+
+**How many times as many tokens fit into the same memory?** Write your number in place of the dots.
+"""
+
+# %%
+guess = predict("tokens per GB, 4 bits over 16", ..., "×")
+
+# %% [markdown]
+"""
+## A toy: four levels
+
+To *quantise* numbers is to allow only a few values, the *levels*, evenly spaced between the smallest and the largest number of a
+group. What is stored is the number of the level, the *code*, and once per group the two ends of the *range*. With 2 bits there are
+four levels.
+
+Three tokens, three channels, and the last channel is much larger than the others. Who shares a range: the numbers of a token (a row), or
+those of a channel (a column)?
+"""
+
+# %%
+x = torch.tensor([[0.1, 0.4, 9.0], [0.3, 0.2, 7.5], [0.2, 0.1, 8.4]])
+for whose, dim in (("a token", 1), ("a channel", 0)):
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    codes = ((x - low) / (high - low) * 3).round()
+    back = low + codes * (high - low) / 3
+    print(f"a range for {whose}: codes {codes.int().tolist()}")
+    print(f"  come back as {back.numpy().round(2).tolist()}")
+    print(f"  largest error in the two quiet channels {(back - x)[:, :2].abs().max():.2f}\n")
+
+# %% [markdown]
+"""
+With a range per token the loud channel takes all levels, and the quiet ones become a single number: what they said is gone. With a
+range per channel nobody pays for anybody else.
+
+## The keys of a trained model
+
+Are there such channels in real keys? We run the model on Python source that it has never read and look at the keys of one layer
+and head. Loudness is a channel's root mean square.
+"""
+
+# %%
+text = held_out_rows(tokenizer, 4, 1024)
+samples = trained_samples(
+    model, text[0].tolist()
+)  # a sample: one layer's queries, keys, values
+layer, head = 2, 0
+keys = samples[layer].k[head]  # [tokens, channels]
+loudness = keys.square().mean(0).sqrt()
+loudest = loudness.topk(3).indices.tolist()
+print(f"keys {[*keys.shape]}: tokens, channels")
+print(f"loudest channels {loudest}: {[round(float(loudness[c]), 1) for c in loudest]}")
+print(f"the channel in the middle: {loudness.median():.2f}")
+
+# %% tags=["thumbnail"]
+block = keys[256:288]
+show(
+    level_figure(block, token=5, where=f"layer {layer}, head {head}"),
+    alt="Top: the keys of 32 tokens as a map; a few channels are bright in every row. Middle: "
+    "quiet channels of one token on 16 levels. With a range per token the levels are far apart, "
+    "with a range per channel close together. Bottom: the error in each channel for both.",
+)
+
+# %% [markdown]
+"""
+The bright columns are loud channels: loud for *every* token. Look at the two panels in the middle: the same numbers, the same 16 levels.
+On the left the range belongs to the token and reaches from its loudest negative to its loudest positive number; the levels lie so far
+apart that the quiet channels hit two or three of them. On the right each channel has its own. The lines at the bottom are the
+price. Were the title wrong, they would lie on each other, as they do for keys without loud channels.
+
+That is the insight of KIVI (Liu et al. 2024, arXiv:2402.02750): **keys need a range per channel, values a range per token.**
+
+## What is stored
+
+`minillm` has three formats. In `int8` and `fp8` each token and head has one scale, for keys and values alike; with 256 levels
+that is enough. (`fp8` are numbers of 8 bits with an exponent, e4m3: their steps grow with the number.) In `int4`, values have a range
+per token and keys one per channel of a *block* of 32 tokens, and two codes share a byte. The real tensors of one such block:
+"""
+
+# %%
+block = samples[layer].k[:, :32]  # [kv_heads, tokens, channels]
+for name, form in FORMATS.items():
+    for what, codec in (("keys", form.keys), ("values", form.values)):
+        parts = [f"{str(p.dtype)[6:]} {[*p.shape]}" for p in codec.encode(block)]
+        print(f"{name:5} {what:7}", ", ".join(parts))
+    elements = 2 * block.numel()
+    bits = 8 * form.block_bytes(*block.shape) / elements
+    formula = 8 * format_element_bytes(name, head_dim=block.shape[2], block_size=32)
+    print(f"      {bits:.2f} bits per number, ranges included; by formula {formula:.2f}\n")
+
+# %% [markdown]
+"""
+## int8 in five lines
+
+One scale per token, its largest magnitude; codes from -127 to 127. The error can be no larger than half a step. Beside it the package's
+own: the same, except that it rounds the scale up to 16 bits, so that no number lies outside of its range.
+"""
+
+
+# %%
+def quantize(x):
+    scale = x.abs().amax(-1, keepdim=True)
+    return (x * 127 / scale.where(scale > 0, 1.0)).round().to(torch.int8), scale
+
+
+def dequantize(codes, scale):
+    return codes.float() * scale / 127
+
+
+x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(1))
+codes, scale = quantize(x)
+ours = dequantize(codes, scale)
+codec = FORMATS["int8"].keys
+theirs = codec.decode(*codec.encode(x))
+print(f"largest error, in half steps:      {((ours - x).abs() / (scale / 254)).max():.4f}")
+print(f"root mean square error:            {(ours - x).square().mean().sqrt():.5f}")
+print(f"of the package's version:          {(theirs - x).square().mean().sqrt():.5f}")
+print(f"a token of zeros comes back as     {dequantize(*quantize(torch.zeros(1, 4))).tolist()}")
+
+# %% [markdown]
+"""
+## Keys must wait
+
+A range per channel has a catch. Tokens arrive one by one, and the range of a channel is known when all 32 keys of the block are
+there, not before. So the keys of the newest block are kept as the model made them, in a *tail*, and the rule is:
+
+> A query sees the keys of its own block exactly, and those of earlier blocks as they are stored.
+
+The rule speaks of positions alone. So it cannot matter how a text is cut into steps: all at once, in chunks, token by token. We try
+the three.
+"""
+
+# %%
+tokens = text[1, :200]
+for name in ("int8", "int4"):
+    outs = []
+    for size in (200, 48, 1):
+        sizes = {"capacity": 200, "device": model.device, "dtype": model.dtype}
+        cache = new_cache(model.config, FORMATS[name], **sizes)
+        for part in tokens.split(size):
+            logits = extend(model, part, cache)
+        outs.append(logits)
+    apart = max(float((out - outs[0]).abs().max()) for out in outs)
+    print(f"{name}: largest difference of any logit between the three cuts {apart:.1e}")
+
+# %% [markdown]
+"""
+Equal up to rounding. So quantised caches go together with everything that cuts sequences differently: chunked prefill, shared
+prefixes, preemption, speculation.
+
+The engine takes the format as a parameter. The same request in each of them:
+"""
+
+# %%
+prompt = (
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item"
+)
+for name in ("auto", *FORMATS):
+    llm = LLM("tiny", device="cpu", dtype="float32", kv_format=name)
+    (out,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=24))
+    print(f"{name:5}", repr(out.outputs[0].text))
+
+# %% [markdown]
+"""
+## Measure: what it buys
+
+Bytes per token, bytes of a decode step as the counter saw them, and the time of the step, each beside its formula. The step is one
+sequence in bfloat16 at three contexts, and the formats take turns.
+"""
+
+# %%
+served = load_model("tiny", device="cpu", dtype="bfloat16", progress=False)
+rows = bench_kv(served, contexts=[128, 512, 1024], repeats=5)
+print(this_machine())
+print("format  bytes/token  formula  tokens/GB   KV read at 1024  formula  speed-up")
+for row in rows:
+    step = row.steps[-1]
+    read = f"{step.counted.kv_read:14,} {step.predicted.kv_read:10,}"
+    print(
+        f"{row.format:6} {row.allocated_bytes:12,} {row.predicted_bytes:8,} {row.tokens_per_gb:10,} "
+        f"{read} {step.speedup.median:8.2f}"
+    )
+
+# %%
+plain, *_, int4 = rows
+more = plain.allocated_bytes / int4.allocated_bytes
+show(
+    format_figure(rows),
+    alt="For each format: tokens per GB, bytes of a decode step, and its time against context. "
+    f"int4 holds {more:.1f} times the tokens; its steps take "
+    f"{1 / int4.steps[-1].speedup.median:.1f} times as long on this machine.",
+)
+
+# %% [markdown]
+"""
+The bars end at their ticks: capacity is what the formula says. (int4's second bar is a little longer: the exact keys of the newest block are
+read as well.) Now compare the two upper panels with the lower one. **Fewer bytes are not less time.** The time would fall if the machine
+waited for the cache's bytes. Here the whole model fits into the processor's own cache, and turning codes back into numbers takes
+operators that a plain cache does not need.
+
+On a GPU, where a kernel decodes in registers while it waits for memory, the sign can change; and there, too, not everywhere. No such run is
+recorded yet: `benchmarks/kv_decode.py` makes one.
+"""
+
+# %%
+guess.against(more)
+
+# %% [markdown]
+"""
+Not 4: the ranges are part of the price. A range per token serves 64 numbers and one per channel 32, and both have two ends of 16 bits.
+
+## Measure: what it costs
+
+*Perplexity* is how many tokens the model hesitates between, on average: the exponential of its mean surprise at each next token. We
+measure it on text that it was not trained on, with every key and value read through the format. Beside the formats stands a mutant: int4 with
+a range per token for keys as well.
+
+And the error of attention's output, on three kinds of keys: Gaussian ones, as random weights would make them; Gaussian ones with four
+channels that are five times as large; and those of the trained model.
+"""
+
+# %%
+quality = bench_quality(model, text)
+for one in quality:
+    change = f"{100 * one.loss(quality[0]):+.2f} %" if one.errors else ""
+    errors = ", ".join(f"{kind} {error:.3f}" for kind, error in one.errors.items())
+    print(
+        f"{one.format:14} {one.bits:5.2f} bits, perplexity {one.perplexity:.3f} {change:8} {errors}"
+    )
+
+# %%
+loss = {one.format: 100 * one.loss(quality[0]) for one in quality}
+show(
+    quality_figure(quality),
+    alt="Left: rise of perplexity against bits per number: "
+    + ", ".join(f"{name} {loss[name]:+.2f} %" for name in list(loss)[1:])
+    + ". Right: error of attention's output by format on Gaussian, outlier and trained keys; "
+    "int4 per token stands out on outliers.",
+)
+
+# %% [markdown]
+"""
+Left: the distance between the filled point at the lower bits and the empty one is what it costs to share ranges the wrong way, at nearly the same
+bits. A format *below* the line is luck, not virtue: errors push single tokens up and down, and what is left of int8's is noise.
+
+Right: on Gaussian keys (circles) the two versions of int4 are about equal. **Random weights cannot tell a good format from a bad one**:
+they have no loud channels. The squares can, and so do the trained keys.
+
+## Explore: other layers
+
+Loud channels are a matter of the layer. Move the slider, and watch the title.
+"""
+
+# %%
+explore(
+    lambda layer: level_figure(
+        samples[layer].k[head][256:288], token=5, where=f"layer {layer}"
+    ),
+    alt="The level figure for the keys of each layer's first head: some have loud channels and "
+    "gain much from a range per channel, others gain little.",
+    layer=[0, 2, 5],
+)
+
+# %% [markdown]
+"""
+## On a napkin
+
+Llama 3.1 8B in bf16 on a GPU. With quantisation only the cache shrinks, the weights stay. **What is the most that int4 can speed up a
+decode step** at batch 1 and a context of 1,000, and at batch 32 and 8,000? And what would an endlessly small cache give?
+
+You need two numbers: weights of 15 GB, and 128 KiB of KV per token.
+"""
+
+# %%
+llama = named_shape("llama-3.1-8b")
+shrink = 2 / format_element_bytes("int4", head_dim=llama.head_dim, block_size=32)
+words = []
+for batch, context in ((1, 1000), (32, 8000)):
+    share = step_bytes(llama, decode_step(context, batch), 2).kv_share
+    words.append(
+        f"Batch {batch}, context {context:,}: KV is {100 * share:.0f} % of the bytes. int4 is "
+        f"{shrink:.1f} times smaller, so the step gets at most "
+        f"**{quantized_speedup(share, shrink):.2f} times** as fast; with no KV at all it would "
+        f"be {1 / (1 - share):.2f} times."
+    )
+fold("Answer", " ".join(words))
+
+# %% [markdown]
+"""
+## What people say
+"""
+
+# %%
+show_card(CLAIMS["A21"].card(Workbench()))
+
+# %% [markdown]
+"""
+And the fine print of newer formats. TurboQuant (2025, arXiv:2504.19874) reports quality-neutral caches at 3.5 bits. An independent study by
+vLLM and Red Hat (May 2026) found for its 4-bit variant about 3.4 times the capacity, 66 to 80 % of bf16's throughput and one to four points lost on
+hard benchmarks; at 3 bits twenty points; and fp8 remained the best default. Capacity goes up, speed goes *down*, and a perplexity that hardly
+moves does not mean that reasoning over thousands of tokens is unharmed.
+"""
+
+# %% [markdown]
+"""
+## Your turn
+
+`exercises/ex12_kv_quantization.py` · difficulty ●●●○○ · 50 minutes
+
+You write int8, packing and int4 by groups, and the rounding of fp8. Work on it with `minillm lab test ex12`.
+
+<details><summary>Hint 1: my token of zeros becomes NaN</summary>
+
+Its scale is 0, and 0 / 0 is NaN. Any divisor does for a group without width, because its only code is 0.
+
+</details>
+
+<details><summary>Hint 2: keys and values come out alike, but one of them is wrong</summary>
+
+Look at the dimension that you reduce over. A range per token reduces over channels (the last dimension), a range per channel over tokens.
+
+</details>
+
+<details><summary>Hint 3: fp8 is right for large numbers and wrong for small ones</summary>
+
+The step between two numbers is 2^(e - 3) for e from -6 to 8. Below 2^-6 it stays what it was there: find the exponent with `torch.frexp`, and do not let it
+fall further.
+
+</details>
+"""
+
+# %% [markdown]
+"""
+## Break it
+
+**Mutant 1: halves of a byte swapped.** Packing puts channel c into the low half of a byte, unpacking takes it from the high half. All shapes and types
+are right, and nothing raises.
+"""
+
+
+# %%
+class Swapped(Int4):
+    def encode(self, x):
+        codes, *ends = super().encode(x)
+        return (codes << 4 | codes >> 4, *ends)
+
+
+few = text[:, :256]
+right = FORMATS["int4"]
+wrong = Format("swapped", keys=Swapped(dim=-2), values=Swapped(dim=-1))
+for form in (None, right, wrong):
+    print(f"{form.name if form else 'auto':8} perplexity {perplexity(model, few, form):8.2f}")
+
+# %% [markdown]
+"""
+**Mutant 2: a unit scale.** Codes of 8 bits, and the scale is simply 1: what engines do when nobody has calibrated it. fp8 then clips at 448 and runs out
+of digits near zero; int8 rounds to whole numbers. Whether it hurts depends on how large the numbers happen to be, and that is the trouble. So we
+also try the same model with values a hundred times as small (a model whose next matrix is as much larger would compute the same).
+"""
+
+
+# %%
+class UnitScale(PerToken8):
+    def encode(self, x):
+        unit = torch.full_like(super().encode(x)[1], self.largest)
+        levels = x.float().clamp(-self.largest, self.largest)
+        return (levels if self.dtype.is_floating_point else levels.round()).to(self.dtype), unit
+
+
+for name in ("fp8", "int8"):
+    codec = FORMATS[name].values
+    unit = UnitScale(codec.dtype, codec.largest)
+    for factor in (1.0, 0.01):
+        x = factor * samples[layer].v[head]
+        errors = [float((c.decode(*c.encode(x)) - x).norm() / x.norm()) for c in (codec, unit)]
+        print(
+            f"{name:4} values × {factor}: error {errors[0]:.3f} with scales, {errors[1]:.3f} without"
+        )
+
+# %% [markdown]
+"""
+A scale per token follows its numbers wherever they are. A unit scale is right by accident.
+
+## How others do it
+
+* **vLLM**, `--kv-cache-dtype fp8`: codes are written by `csrc/cache_kernels.cu` and read by the attention kernels. Its scale is one per layer, and 1.0 unless the
+  checkpoint brings a calibrated one: the second mutant, as a default.
+* **SGLang**, `--kv-cache-dtype fp8_e4m3` or `fp8_e5m2`: `python/sglang/srt/mem_cache/memory_pool.py` holds the codes.
+* **llama.cpp**, `-ctk q8_0 -ctv q8_0` and others: keys and values are stored in the formats of its weights, groups of 32 numbers of one token with a scale.
+* **transformers**, `src/transformers/cache_utils.py`: `QuantizedCache` keeps the newest tokens exact, as our tails do, and decodes everything before each
+  step: it saves memory, not time.
+* **minillm**: `minillm/cache/formats.py` for the codes, `minillm/cache/tails.py` for the newest keys, `minillm/attention/quantized.py` for reading; the Triton kernels decode
+  a tile when they load it.
+
+## Three questions
+
+<details><summary>1. Why do values need no range per channel?</summary>
+
+Trained values have no channels that are loud for every token. And a token's value is weighed as a whole: a range per token can be taken out of the sum over channels.
+
+</details>
+
+<details><summary>2. Why is a cache that is decoded as a whole before each step slower than an unquantised one?</summary>
+
+It reads the codes, writes all numbers in 16 bits and reads them again: more bytes than were there before, and the arithmetic on top.
+
+</details>
+
+<details><summary>3. Two requests share a prefix. May one be served in int4 and the other in int8?</summary>
+
+Not from the same blocks: what is stored differs. The format belongs to the key of the prefix cache.
+
+</details>
+
+## Next
+
+Fewer bytes per step is one way to more tokens per second. [13 · Speculative decoding](13_speculative_decoding.ipynb) takes more tokens out of each step.
+"""
