@@ -326,7 +326,7 @@ show(
     tile_cost(costs, naive_cost, caches),
     alt=f"Left: bytes moved against the height of the tiles, {most} at 32 queries down to "
     f"{least} at 512, points on the formula; the score matrix needs {textbook_moved}. Right: "
-    "memory held grows with the height, past the size of the second-level cache.",
+    "memory held grows in proportion to the height, far below that of the score matrix.",
 )
 
 # %% [markdown]
