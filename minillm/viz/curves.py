@@ -91,7 +91,7 @@ def _draw(axes: Axes, line: Curve) -> None:
 def _number(axis: Axis, scale: Scale, text: EngFormatter | Callable[..., str]) -> None:
     """Few numbers on each axis, and none between the powers of ten of a long logarithmic one."""
     if scale == "linear":
-        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_locator(MaxNLocator(6, integer=not isinstance(text, EngFormatter)))
     else:
         low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1,) if high / low > 300 else (1, 2, 5)))
