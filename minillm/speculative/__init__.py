@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from minillm.engine.engine import Engine
 from minillm.engine.proposer import Proposer
@@ -28,24 +29,24 @@ def attach(
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
+    progress: bool = True,
 ) -> Proposer:
     """Let an engine speculate. name: "ngram", "draft" for the embedded draft model, or a model as in `load_model`.
 
-    tokenizer: of the engine's model; None for random weights, which have none. A draft model is loaded when the engine
-    is there, so that its cache takes memory that the engine's left. Raises `ConfigError` if it speaks of other tokens
-    than the engine's model, and what `load_model` and `load_tokenizer` raise.
+    device, dtype, seed, progress: of the draft model, as there. tokenizer: of the engine's model; None for random
+    weights, which have none. A draft model is loaded when the engine is there, so that its cache takes memory that the
+    engine's left. Raises `ConfigError` if it speaks of other tokens than the engine's model, and what `load_model` and
+    `load_tokenizer` raise.
     """
-    engine.proposer = _proposer(name, engine, tokenizer, device=device, dtype=dtype, seed=seed)
+    engine.proposer = _proposer(name, engine, tokenizer, device=device, dtype=dtype, seed=seed, progress=progress)
     return engine.proposer
 
 
-def _proposer(
-    name: str, engine: Engine, tokenizer: Tokenizer | None, *, device: str, dtype: str, seed: int
-) -> Proposer:
+def _proposer(name: str, engine: Engine, tokenizer: Tokenizer | None, **how: Any) -> Proposer:
     if name == "ngram":
         return NgramProposer()
     source = EMBEDDED_DRAFT if name == "draft" else name
-    model = load_model(source, device=device, dtype=dtype, seed=seed)
+    model = load_model(source, **how)
     _check_sizes(name, model, engine)
     own = load_tokenizer(source)
     if own and tokenizer:
