@@ -19,6 +19,7 @@ from minillm import SamplingParams, load_model, load_tokenizer, prefill
 from minillm.cache.contiguous import ContiguousCache
 from minillm.claims import CLAIMS, Workbench
 from minillm.generate import choose, decode, generate
+from minillm.lab import check
 from minillm.measure.bench import interleaved
 from minillm.model.corpus import held_out_texts
 from minillm.sampling import probs_from_logits, sample
@@ -381,12 +382,12 @@ other? And how many bits of surprise is a token of probability 1/1000?
 # %%
 first = torch.softmax(torch.tensor([3.0, 1.0]), 0)[0]
 nine = 2 / torch.log(torch.tensor(9.0))
-check = torch.softmax(torch.tensor([3.0, 1.0]) / nine, 0)
+ratio = torch.softmax(torch.tensor([3.0, 1.0]) / nine, 0)
 fold(
     "Answer",
     f"e² to 1, so {first:.2f}. Nine to one means that the difference of 2, divided by the "
     f"temperature, is ln 9: temperature {nine:.2f}, and the ratio there is "
-    f"{check[0] / check[1]:.1f}. A token of 1/1000 has log₂ 1000 = {log2(1000):.1f} bits.",
+    f"{ratio[0] / ratio[1]:.1f}. A token of 1/1000 has log₂ 1000 = {log2(1000):.1f} bits.",
 )
 
 # %% [markdown]
@@ -405,7 +406,7 @@ show_card(CLAIMS["A4"].card(Workbench()))
 
 `exercises/ex04_sampling.py` · difficulty ●●○○○ · 40 minutes
 
-You write temperature, the three cuts, and the draw. Work on it with `minillm lab test ex04`.
+You write temperature, the three cuts, and the draw. Work on it with `minillm lab test ex04`, or run the cell below.
 
 <details><summary>Hint 1: top-p keeps one token too few</summary>
 
@@ -427,6 +428,9 @@ the first at which it reaches it.
 
 </details>
 """
+
+# %%
+check("ex04")
 
 # %% [markdown]
 """

@@ -20,6 +20,7 @@ from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
 from minillm.engine.verify import given_draft, num_accepted
 from minillm.generate import generate
+from minillm.lab import check
 from minillm.measure.bench import interleaved
 from minillm.measure.bench_spec import bench_prompts, bench_spec, crossover_batch
 from minillm.measure.datasheets import DATASHEETS
@@ -103,7 +104,7 @@ def serve(who, text, params=GREEDY, **settings):
         "num_blocks": 200,
     } | settings
     engine = Engine(model, EngineConfig(**settings))
-    attach(who, engine, tokenizer, device="cpu", dtype="float32")
+    attach(who, engine, tokenizer, device="cpu", dtype="float32", progress=False)
     return list(rounds(engine, tokenizer.encode(text), params)), engine
 
 
@@ -130,8 +131,8 @@ times on the right are measured: what guessing took, and what the check took, ho
 
 What would prove the figure wrong: an amber token below a guess that says the same.
 
-The second guesser is a *draft model*: the same kind of model, with a tenth of the weights. It writes four tokens one
-after the other, and they are checked together.
+The second guesser is a *draft model*: the same kind of model with fewer weights, trained on the same text. It
+writes four tokens one after the other, and they are checked together.
 """
 
 # %%
@@ -339,10 +340,10 @@ held_out = bench_prompts(tokenizer, "held-out", 8, 192)
 def sweep(who, batches, gammas):
     """A row of measurements for each batch and each number of guesses."""
     engine = Engine(model, EngineConfig(adaptive_drafts=False, num_blocks=400))
-    attach(who, engine, tokenizer, device="cpu", dtype="float32")
+    attach(who, engine, tokenizer, device="cpu", dtype="float32", progress=False)
     rows = []
     for batch in batches:
-        prompts = held_out[: max(2, batch)]
+        prompts = held_out[: max(3, batch)]
         rows += bench_spec(
             engine, prompts, batch=batch, num_drafts=gammas, max_tokens=24, repeats=2
         )
@@ -419,7 +420,7 @@ for who in ("ngram", "draft"):
             num_speculative_tokens=8, adaptive_drafts=adaptive, num_blocks=400
         )
         engine = Engine(model, settings)
-        attach(who, engine, tokenizer, device="cpu", dtype="float32")
+        attach(who, engine, tokenizer, device="cpu", dtype="float32", progress=False)
         for one in held_out[:3]:
             list(rounds(engine, one, GREEDY))
         stats = SpecDecodingStats.of(engine.trace)
@@ -538,7 +539,7 @@ show_card(CLAIMS["A23"].card(bench))
 
 `exercises/ex13_speculative_decoding.py` · difficulty ●●●●○ · 60 minutes
 
-You write the n-gram guesser, the greedy check, and the rule for drawn guesses. Work on it with `minillm lab test ex13`.
+You write the n-gram guesser, the greedy check, and the rule for drawn guesses. Work on it with `minillm lab test ex13`, or run the cell below.
 
 <details><summary>Hint 1: how many tokens does a check bring?</summary>
 
@@ -559,6 +560,9 @@ both after the same temperature and the same cuts.
 
 </details>
 """
+
+# %%
+check("ex13")
 
 # %% [markdown]
 """
