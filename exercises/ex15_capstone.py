@@ -65,6 +65,14 @@ def one_by_one(running: list[int], waiting: list[int], budget: int, max_num_seqs
     return [], [min(remaining, budget) for remaining in waiting[:1]]
 
 
+def token_by_token(
+    running: list[int], waiting: list[int], budget: int, max_num_seqs: int
+) -> tuple[list[int], list[int]]:
+    """A schedule to test with: everybody computes one token a step, prompts too, so that many run at once. Given."""
+    counts = [int(place < budget) for place in range(len(running))]
+    return counts, [1] * min(len(waiting), max_num_seqs - len(running), budget - sum(counts))
+
+
 class Stack:
     """The plainest pool of the blocks 1 … num_blocks - 1: last in, first out. Given; exercise 09 has a better one."""
 
@@ -266,6 +274,9 @@ class Engine:
         """
         raise NotImplementedError("step is yours to write")
 
-    def run(self) -> list[list[int]]:
-        """Step until nobody is running or waiting; returns the new tokens of all requests, in the order of `add`."""
+    def run(self, max_steps: int = 10_000) -> list[list[int]]:
+        """Step until nobody is running or waiting; returns the new tokens of all requests, in the order of `add`.
+
+        Stop after `max_steps` in any case: an engine that pushes out the same sequence for ever should be noticed.
+        """
         raise NotImplementedError("run is yours to write")
