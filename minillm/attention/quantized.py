@@ -30,6 +30,9 @@ from minillm.attention.naive import NEG_INF
 from minillm.attention.tiled import KV_TILE, Q_TILE, OnlineSoftmax
 
 
+Read = Callable[[Tensor], Tensor]  # blocks [n] -> their tokens [kv_heads, n, block_size, d]
+
+
 class QuantizedBlocks(Protocol):
     """The keys or the values of one layer; see `minillm.cache.formats` for what the tensors hold."""
 
@@ -103,16 +106,13 @@ class _Sequence:
             oldest = (position - self.sliding_window + 1).clamp(min=0)
         size, end = self.span.block_size, position + 1
         exact = end if self.tails is None else (position // size * size).clamp(min=0)
-        for tokens in self._visible(oldest, exact):
-            k, v = (_read(pool.read, self.span.table, tokens, size) for pool in (self.keys, self.values))
-            yield k.to(like.dtype), v.to(like.dtype), _bias(oldest, exact, tokens, like.device)
-        if self.tails is None:
-            return
-        oldest, table = oldest.maximum(exact), self.tails.layout.tables[self.span.index]
-        for tokens in self._visible(oldest, end):
-            k = _read(self.tails.read, table, tokens, size)
-            v = _read(self.values.read, self.span.table, tokens, size)
-            yield k, v.to(like.dtype), _bias(oldest, end, tokens, like.device)
+        parts: list[tuple[Read, list[int], Tensor, Tensor]] = [(self.keys.read, self.span.table, oldest, exact)]
+        if self.tails is not None:
+            parts.append((self.tails.read, self.tails.layout.tables[self.span.index], oldest.maximum(exact), end))
+        for read, table, low, high in parts:
+            for tokens in self._visible(low, high):
+                k, v = _read(read, table, tokens, size), _read(self.values.read, self.span.table, tokens, size)
+                yield k.to(like.dtype), v.to(like.dtype), _bias(low, high, tokens, like.device)
 
     @property
     def _tile(self) -> int:
@@ -127,7 +127,7 @@ class _Sequence:
                 yield tokens
 
 
-def _read(read: Callable[[Tensor], Tensor], table: list[int], tokens: range, block_size: int) -> Tensor:
+def _read(read: Read, table: list[int], tokens: range, block_size: int) -> Tensor:
     """These tokens of a sequence, `[kv_heads, len(tokens), d]`: the blocks that hold them, cut to size.
 
     What lies behind a sequence's last token is never looked at: it may be NaN.

@@ -160,7 +160,7 @@ def check_all(kv_format: str) -> None:
         ("exact = end if self.tails is None else", "exact = end - 1 if self.tails is None else"),
         ("exact = end if", "exact = (end // size * size).clamp(min=0) if"),  # nobody sees its own, unfinished block
         ("(position // size * size).clamp(min=0)", "torch.full_like(position, int(position[0]) // size * size)"),
-        ("oldest.maximum(exact), self", "exact, self"),  # the window forgets the own block
+        ("oldest.maximum(exact), end", "exact, end"),  # the window forgets the own block
         ("self.tails.layout.tables[self.span.index]", "self.span.table"),
         ("self.sliding_window + 1).clamp", "self.sliding_window).clamp"),
         ("(key < low[:, None]) | (key >= high[:, None])", "key >= high[:, None]"),
