@@ -29,7 +29,6 @@ from minillm.attention.layout import PagedLayout, Span
 from minillm.attention.naive import NEG_INF
 from minillm.attention.tiled import KV_TILE, Q_TILE, OnlineSoftmax
 
-
 Read = Callable[[Tensor], Tensor]  # blocks [n] -> their tokens [kv_heads, n, block_size, d]
 
 
