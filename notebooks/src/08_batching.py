@@ -362,6 +362,11 @@ The first token comes out of prefill. After it, the request wants one less.
 </details>
 """
 
+# %%
+from minillm.lab import check
+
+check("ex08")
+
 # %% [markdown]
 """
 ## Break it

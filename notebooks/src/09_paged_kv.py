@@ -353,7 +353,7 @@ explore(
 """
 ## On a napkin
 
-A GPU of 141 GB runs Llama 3.1 8B in bf16 (16 GB of weights, 128 KiB of KV per token). Conversations are as long as those above, on
+A GPU of 141 GB runs Llama 3.1 8B in bf16 (16 GB of weights, 128 KiB of KV per token: lesson 03). Conversations are as long as those above, on
 average; one may become 8,192 tokens long. How many fit at once if the longest length is set aside? How many with blocks of 16?
 """
 
@@ -411,6 +411,11 @@ You read places behind the last token. They hold what somebody else left there. 
 
 </details>
 """
+
+# %%
+from minillm.lab import check
+
+check("ex09")
 
 # %% [markdown]
 """

@@ -364,6 +364,11 @@ When you write into a block whose count is above 1: take a new block, copy, lowe
 </details>
 """
 
+# %%
+from minillm.lab import check
+
+check("ex10")
+
 # %% [markdown]
 """
 ## Break it
