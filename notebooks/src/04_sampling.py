@@ -173,8 +173,9 @@ print(f"largest difference from the package on 50 random rows and settings: {lar
 """
 ## Are the draws right?
 
-The package draws 4,000 tokens from one distribution. A count has a spread: a token of probability p comes up n·p times, give or
-take √(n·p·(1−p)). The sum of the squared distances in these units is called χ², and should be about the number of tokens.
+The package draws 4,000 tokens from one distribution. A token of probability p should come up n·p times, give or take a few.
+How many too many or too few is normal? Pearson's χ² = Σ (count − n·p)² / (n·p) says it in one number: for k tokens it should be about
+k − 1, and far above that the draws are wrong.
 """
 
 # %%
@@ -200,8 +201,8 @@ show(
 
 # %% [markdown]
 """
-Each request has a random stream of its own, started from its seed. So a request draws the same tokens whoever shares the
-batch, and speculative decoding (lesson 13) can promise not to change a single one.
+Bars and ticks part by chance only. In the engine each request has a random stream of its own, started from its seed. So
+a request draws the same tokens whoever shares the batch with it.
 
 ## How sure is the model, along a text?
 
@@ -260,6 +261,15 @@ show(
     alt=f"Entropy before each of 72 greedy tokens, and the rounds of a circle of {loop.period} "
     f"tokens. It begins at {entropy[loop.start]:.1f} bits and ends at {entropy[-1]:.1f}.",
 )
+
+
+# %% [markdown]
+"""
+The lane below the bars counts the rounds of the circle. The first rounds still cost the model some doubt; with each copy in the
+text the next one is surer. If greedy decoding were a search for the best text, the bars would not care about rounds.
+
+How much of this text is repetition? We count runs of four tokens that stood in it before.
+"""
 
 
 # %%
