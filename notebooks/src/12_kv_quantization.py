@@ -95,8 +95,8 @@ block = keys[256:288]
 show(
     level_figure(block, token=5, where=f"layer {layer}, head {head}"),
     alt="Top: the keys of 32 tokens as a map; a few channels are bright in every row. Middle: "
-    "quiet channels of one token on 16 levels. With a range per token the levels are far apart, "
-    "with a range per channel close together. Bottom: the error in each channel for both.",
+    "quiet channels of one token on 16 levels: far apart with a range per token, "
+    "close together with one per channel. Bottom: the error in each channel for both.",
 )
 
 # %% [markdown]
@@ -169,11 +169,11 @@ the three.
 """
 
 # %%
-tokens = text[1, :200]
+tokens = text[1, :100]
 for name in ("int8", "int4"):
     outs = []
-    for size in (200, 48, 1):
-        sizes = {"capacity": 200, "device": model.device, "dtype": model.dtype}
+    for size in (100, 48, 1):
+        sizes = {"capacity": 100, "device": model.device, "dtype": model.dtype}
         cache = new_cache(model.config, FORMATS[name], **sizes)
         for part in tokens.split(size):
             logits = extend(model, part, cache)
@@ -208,16 +208,14 @@ sequence in bfloat16 at three contexts, and the formats take turns.
 
 # %%
 served = load_model("tiny", device="cpu", dtype="bfloat16", progress=False)
-rows = bench_kv(served, contexts=[128, 512, 1024], repeats=5)
+rows = bench_kv(served, contexts=[128, 512, 1024], repeats=3)
 print(this_machine())
 print("format  bytes/token  formula  tokens/GB   KV read at 1024  formula  speed-up")
 for row in rows:
     step = row.steps[-1]
+    held = f"{row.allocated_bytes:12,} {row.predicted_bytes:8,} {row.tokens_per_gb:10,}"
     read = f"{step.counted.kv_read:14,} {step.predicted.kv_read:10,}"
-    print(
-        f"{row.format:6} {row.allocated_bytes:12,} {row.predicted_bytes:8,} {row.tokens_per_gb:10,} "
-        f"{read} {step.speedup.median:8.2f}"
-    )
+    print(f"{row.format:6} {held} {read} {step.speedup.median:8.2f}")
 
 # %%
 plain, *_, int4 = rows
@@ -261,10 +259,10 @@ channels that are five times as large; and those of the trained model.
 quality = bench_quality(model, text)
 for one in quality:
     change = f"{100 * one.loss(quality[0]):+.2f} %" if one.errors else ""
-    errors = ", ".join(f"{kind} {error:.3f}" for kind, error in one.errors.items())
-    print(
-        f"{one.format:14} {one.bits:5.2f} bits, perplexity {one.perplexity:.3f} {change:8} {errors}"
-    )
+    print(f"{one.format:14} {one.bits:5.2f} bits, perplexity {one.perplexity:.3f} {change}")
+    if one.errors:
+        errors = ", ".join(f"{kind} keys {error:.3f}" for kind, error in one.errors.items())
+        print(f"               error on {errors}")
 
 # %%
 loss = {one.format: 100 * one.loss(quality[0]) for one in quality}
@@ -410,9 +408,11 @@ for name in ("fp8", "int8"):
     unit = UnitScale(codec.dtype, codec.largest)
     for factor in (1.0, 0.01):
         x = factor * samples[layer].v[head]
-        errors = [float((c.decode(*c.encode(x)) - x).norm() / x.norm()) for c in (codec, unit)]
+        own, one = (
+            float((c.decode(*c.encode(x)) - x).norm() / x.norm()) for c in (codec, unit)
+        )
         print(
-            f"{name:4} values × {factor}: error {errors[0]:.3f} with scales, {errors[1]:.3f} without"
+            f"{name:4} values × {factor}: error {own:.3f} with scales, {one:.3f} with scale 1"
         )
 
 # %% [markdown]
