@@ -28,6 +28,7 @@ from typing import NamedTuple
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from PIL import Image
 from traitlets.config import Config
@@ -40,7 +41,8 @@ LARGEST = 500_000  # bytes of a notebook
 MEMORY = 4e9  # bytes of a kernel
 SECONDS = {"07": 90, "15": 90}  # of a run on two cores: reported, never asserted
 USUAL_SECONDS = 45
-THUMBNAIL = (420, 260)  # pixels
+THUMBNAIL, POSTER_WIDTH = (480, 320), 1800  # pixels
+POSTER = (("01", "03", "09"), ("05",))  # lessons whose best pictures stand on the project's first page, in columns
 WIDGET = "application/vnd.jupyter.widget-view+json"
 METADATA = {  # no version: it is the machine's
     "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
@@ -176,26 +178,52 @@ def differences(notebook: NotebookNode, source: NotebookNode) -> Iterator[str]:
         yield "the notebook's metadata are not those of the build"
 
 
-def write_thumbnail(notebook: NotebookNode, path: Path) -> None:
-    """The picture of the cell with the tag "thumbnail", small: its upper left part, where the title stands."""
+def best_picture(notebook: NotebookNode) -> Image.Image:
+    """The figure of the cell with the tag "thumbnail"."""
     for cell in notebook.cells:
-        pictures = [
-            output.data["image/png"] for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-        ]
+        pictures = [o.data["image/png"] for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
         if "thumbnail" in cell.metadata.get("tags", []) and pictures:
-            picture = Image.open(BytesIO(b64decode(pictures[0]))).convert("RGB")
-            picture.thumbnail((THUMBNAIL[0], 10 * THUMBNAIL[1]), Image.Resampling.LANCZOS)
-            picture = picture.crop((0, 0, picture.width, min(picture.height, THUMBNAIL[1])))
-            path.parent.mkdir(exist_ok=True)
-            picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
-            return
-    raise SystemExit(f"{path.stem}: no cell with the tag 'thumbnail' shows a picture.")
+            return Image.open(BytesIO(b64decode(pictures[0]))).convert("RGB")
+    raise SystemExit("No cell with the tag 'thumbnail' shows a picture.")
+
+
+def write_thumbnail(notebook: NotebookNode, path: Path) -> None:
+    """The best picture of a lesson, small: for the map of the course."""
+    picture = best_picture(notebook)
+    picture.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    _save(picture, path)
+
+
+def write_poster(path: Path) -> None:
+    """The best pictures of some lessons in columns, for the first page of the project; nothing while one is missing."""
+    files = [[next(iter(FOLDER.glob(f"{number}_*.ipynb")), None) for number in column] for column in POSTER]
+    if not all(file for column in files for file in column):
+        return
+    columns = [[best_picture(nbformat.read(file, as_version=4)) for file in column] for column in files]
+    width = max(picture.width for column in columns for picture in column)
+    height = max(sum(picture.height for picture in column) for column in columns)
+    poster = Image.new("RGB", (width * len(columns), height), "white")
+    for place, column in enumerate(columns):
+        top = 0
+        for picture in column:
+            poster.paste(picture, (place * width, top))
+            top += picture.height
+    poster.thumbnail((POSTER_WIDTH, height), Image.Resampling.LANCZOS)
+    _save(poster, path)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    picture.quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def build(source: Path) -> list[str]:
     """Execute a lesson and write it down; what breaks a rule is returned, and then nothing is written."""
     notebook = read_source(source)
-    run = execute(notebook)
+    try:
+        run = execute(notebook)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        return [str(error)]
     normalise(notebook)
     found = list(faults(notebook))
     if run.peak_bytes > MEMORY:
@@ -243,7 +271,9 @@ def main() -> None:
     for source in sources(arguments.numbers):
         for fault in work(source):
             failed = True
-            print(f"{source.stem}: {fault}")
+            print(f"{source.stem}: {fault}", flush=True)
+    if not arguments.check:
+        write_poster(THUMBNAILS / "course.png")
     sys.exit(failed)
 
 
