@@ -119,6 +119,8 @@ def longest_and_latest(case: Case) -> None:
     a, b, c, x, y, z = torch.randperm(50, generator=case.generator)[:6].tolist()
     text = [a, b, c, x, y, b, c, z, y, a, b, c]
     case.expect(case.learner.propose_ngram(text, 2), [x, y], "three tokens match; two match at a later place, too")
+    text = [a, b, x, a, b, y, z, a, b]
+    case.expect(case.learner.propose_ngram(text, 2), [y, z], "two places match equally well: the later one counts")
 
 
 @check("ngram", points=1)
@@ -201,6 +203,17 @@ def drafts_that_were_drawn(case: Case) -> None:
         got = case.learner.rejection_sample(drafts, p, q, us, u)
         expected = [*drafts[:first_rejected], point(last, u)]
         case.expect(got, expected, f"{first_rejected} drafts are accepted, then one token is drawn")
+
+
+@check("rejection", points=2)
+def each_place_for_itself(case: Case) -> None:
+    """A draft is judged by the distributions of its own place"""
+    q, sure = torch.full((2, 4), 0.25), torch.tensor([0.1, 0.7, 0.1, 0.1])
+    last = distributions(case, 1, 4)[0]
+    got = case.learner.rejection_sample([1, 0], torch.stack([sure, q[0], last]), q, [0.9, 0.9], 0.5)
+    case.expect(got, [1, 0, point(last, 0.5)], "in its place, draft 0 is as likely under p as under q")
+    got = case.learner.rejection_sample([2, 0], torch.stack([q[0], sure, last]), q, [0.9, 0.9], 0.5)
+    case.expect(got, [2, 1], "in its place, draft 0 is kept with a probability of 0.4")
 
 
 @check("rejection", points=3, hidden=True)

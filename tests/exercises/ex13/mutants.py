@@ -30,9 +30,9 @@ MUTANTS = (
         "stops_at_the_end",
         "guesses stop where the match runs into the end of the text: a repetition is not continued",
         {
-            "                for place in range(start + length, start + length + count):\n"
-            "                    text.append(text[place])\n                return text[len(tokens) :]": "                "
-            "return tokens[start + length : start + length + count]"
+            "for place in range(start + length, start + length + count):\n"
+            "                    text.append(text[place])\n                return text[len(tokens) :]": "return "
+            "tokens[start + length : start + length + count]"
         },
     ),
     Mutant(
