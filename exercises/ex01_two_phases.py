@@ -19,7 +19,7 @@ class ToyModel:
     """A model small enough to follow by hand. Given: nothing to do here.
 
     It remembers what it has read, as a model with a KV cache does: each call gets the *new* tokens only. Its memory
-    is one vector, halved at each token, plus that token's row of `table` `[vocab, vocab]`; the vector is the logits.
+    is one vector: 0.9 times what it was, plus the token's row of `table` `[vocab, vocab]`. The vector is the logits.
     `calls` notes how many tokens came with each call.
     """
 
@@ -30,7 +30,7 @@ class ToyModel:
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
         for token in tokens:
-            self.memory = self.memory / 2 + self.table[token]
+            self.memory = 0.9 * self.memory + self.table[token]
         self.calls.append(len(tokens))
         return self.memory
 
