@@ -400,7 +400,7 @@ for claim in ("A5", "B4", "A16"):
 
 `exercises/ex02_attention.py` · difficulty ●●○○○ · 45 minutes
 
-You write `causal_mask`, `softmax`, `attention` and `grouped_attention`. Work on it with `minillm lab test ex02`.
+You write `causal_mask`, `softmax`, `attention` and `grouped_attention`. Work on it with `minillm lab test ex02`, or run the cell below.
 
 <details><summary>Hint 1: where does the triangle go?</summary>
 
@@ -420,6 +420,11 @@ Neighbours share: query head `h` reads key head `h // group`, not `h % kv_heads`
 
 </details>
 """
+
+# %%
+from minillm.lab import check
+
+check("ex02")
 
 # %% [markdown]
 """
