@@ -50,16 +50,23 @@ def forbidden(tree: ast.AST, exercise: Exercise) -> Refusal | None:
         for name in _imported(node):
             if name.partition(".")[0] not in exercise.allowed:
                 return _refuse(node, exercise, f"imports {name}", f"may import: {', '.join(exercise.allowed[1:])}")
-        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        name = _named(node)
         if name in exercise.banned_operations and not (isinstance(node, ast.Name) and name in own):
             return _refuse(node, exercise, f"uses {name}", "asks you to write that yourself")
-        if isinstance(node, ast.Name) and name in WAYS_AROUND:
+        if name in WAYS_AROUND and isinstance(node, ast.Name):
             return _refuse(node, exercise, f"uses {name}", "needs no such thing")
     return None
 
 
+def _named(node: ast.AST) -> str:
+    """The name that a node uses: a variable, an attribute, or what `from … import` takes."""
+    if isinstance(node, ast.alias):
+        return node.name
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
 def _imported(node: ast.AST) -> list[str]:
-    """Modules, and for `from a import b` the full name a.b, which may be a banned function, too."""
+    """The modules that a statement imports."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
