@@ -342,6 +342,11 @@ Then there is no gap: ITL is empty, and TPOT has nothing to divide.
 </details>
 """
 
+# %%
+from minillm.lab import check
+
+check("ex01")
+
 # %% [markdown]
 """
 ## Break it

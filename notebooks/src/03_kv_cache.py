@@ -445,6 +445,11 @@ Positions. A new token stands at position `num_tokens`, not at 0. The first muta
 </details>
 """
 
+# %%
+from minillm.lab import check
+
+check("ex03")
+
 # %% [markdown]
 """
 ## Break it

@@ -274,7 +274,9 @@ here = Site("here: four layers of Llama 1B", config, 2, result.roof, memory)
 there = Site("H200 on paper: Llama 3.1 8B", llama, 2, paper, h200.memory_bytes)
 small = Site("here: tiny", tiny.config, 2, result.roof, memory)
 
-tiny_step = StepRunner(load_model("tiny", device="cpu", dtype="bfloat16", progress=False), decode_step(128))
+tiny_step = StepRunner(
+    load_model("tiny", device="cpu", dtype="bfloat16", progress=False), decode_step(128)
+)
 seconds = interleaved({"step": tiny_step}, repeats=20)["step"].best
 terms = small.terms(1, 128)
 small = replace(small, overhead=max(0.0, seconds - max(terms.values())))
@@ -377,6 +379,11 @@ Are weights multiplied by the batch? They are read once per step. Are query head
 
 </details>
 """
+
+# %%
+from minillm.lab import check
+
+check("ex05")
 
 # %% [markdown]
 """
