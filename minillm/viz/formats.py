@@ -151,6 +151,7 @@ def _draw_perplexity(axes: Axes, plain: KvQuality, others: Sequence[KvQuality]) 
     """By how much the perplexity rises, against the bits of a number."""
     losses = [100 * one.loss(plain) for one in others]
     place = axes.get_xaxis_transform()
+    on_white: dict[str, Any] = {"size": style.SMALL, "bbox": {"fc": "white", "ec": "none", "pad": 0.8}}
     axes.axhline(0, color=style.QUIET, lw=0.8, zorder=0)
     for one, loss, marker in zip(others, losses, MARKERS, strict=False):
         wrong = one.format == PER_TOKEN.name
@@ -160,7 +161,7 @@ def _draw_perplexity(axes: Axes, plain: KvQuality, others: Sequence[KvQuality]) 
     for near in ([one for one in others if one.bits < 6], [one for one in others if one.bits >= 6]):
         heights = style.apart(axes, [100 * one.loss(plain) for one in near])
         for one, height in zip(near, heights, strict=True):
-            axes.text(one.bits + 0.25, height, one.format, transform=place, va="center", size=style.SMALL)
+            axes.text(one.bits + 0.25, height, one.format, transform=place, va="center", **on_white)
     axes.set_title(f"% more perplexity than {plain.perplexity:.2f}, unquantised", **WORDS)
     axes.set_xlabel("bits per number, ranges included")
 

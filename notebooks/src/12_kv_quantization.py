@@ -62,9 +62,10 @@ for whose, dim in (("a token", 1), ("a channel", 0)):
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     codes = ((x - low) / (high - low) * 3).round()
     back = low + codes * (high - low) / 3
-    print(f"a range for {whose}: codes {codes.int().tolist()}")
-    print(f"  come back as {back.numpy().round(2).tolist()}")
-    print(f"  largest error in the two quiet channels {(back - x)[:, :2].abs().max():.2f}\n")
+    print(f"a range for {whose}:")
+    for row, code in zip(back.tolist(), codes.int().tolist(), strict=True):
+        print(f"  codes {code} come back as", *(f"{number:.2f}" for number in row))
+    print(f"  largest error in the quiet channels {(back - x)[:, :2].abs().max():.2f}\n")
 
 # %% [markdown]
 """
@@ -74,7 +75,7 @@ range per channel nobody pays for anybody else.
 ## The keys of a trained model
 
 Are there such channels in real keys? We run the model on Python source that it has never read and look at the keys of one layer
-and head. Loudness is a channel's root mean square.
+and head. Loudness is a channel's root mean square. And the values, for comparison.
 """
 
 # %%
@@ -89,6 +90,10 @@ loudest = loudness.topk(3).indices.tolist()
 print(f"keys {[*keys.shape]}: tokens, channels")
 print(f"loudest channels {loudest}: {[round(float(loudness[c]), 1) for c in loudest]}")
 print(f"the channel in the middle: {loudness.median():.2f}")
+values = samples[layer].v[head].square().mean(0).sqrt()
+print(
+    f"values: the loudest channel {values.max():.2f}, the one in the middle {values.median():.2f}"
+)
 
 # %% tags=["thumbnail"]
 block = keys[256:288]
@@ -171,20 +176,28 @@ the three.
 # %%
 tokens = text[1, :100]
 for name in ("int8", "int4"):
-    outs = []
+    outs, codes = [], []
     for size in (100, 48, 1):
         sizes = {"capacity": 100, "device": model.device, "dtype": model.dtype}
         cache = new_cache(model.config, FORMATS[name], **sizes)
         for part in tokens.split(size):
             logits = extend(model, part, cache)
         outs.append(logits)
-    apart = max(float((out - outs[0]).abs().max()) for out in outs)
-    print(f"{name}: largest difference of any logit between the three cuts {apart:.1e}")
+        pools = cache.blocks.keys + cache.blocks.values
+        codes.append(torch.cat([pool.tensors[0].flatten() for pool in pools]))
+    differ = [float((a != codes[0]).float().mean()) for a in codes]
+    apart = [float((a - outs[0]).abs().max()) for a in outs]
+    for cut, share, most in zip(("at once", "chunks", "singly"), differ, apart, strict=True):
+        print(f"{name}, {cut:7}: {100 * share:.2f} % other codes, logits differ by {most:.0e}")
 
 # %% [markdown]
 """
-Equal up to rounding. So quantised caches go together with everything that cuts sequences differently: chunked prefill, shared
-prefixes, preemption, speculation.
+Chunks change nothing. Token by token a few codes are others, and the logits differ in the second or third digit behind the point. The rule is not
+to blame: the unquantised model, too, computes a single token with another order of additions than many, and gets another last
+digit. A number that happens to lie halfway between two levels then falls to the other side, and a difference in the seventh digit becomes a whole step. **Rounding is not
+continuous.** The answer is just as good, but it is not the same bits.
+
+So quantised caches go together with everything that cuts sequences differently: chunked prefill, shared prefixes, preemption, speculation.
 
 The engine takes the format as a parameter. The same request in each of them:
 """
@@ -231,8 +244,8 @@ show(
 """
 The bars end at their ticks: capacity is what the formula says. (int4's second bar is a little longer: the exact keys of the newest block are
 read as well.) Now compare the two upper panels with the lower one. **Fewer bytes are not less time.** The time would fall if the machine
-waited for the cache's bytes. Here the whole model fits into the processor's own cache, and turning codes back into numbers takes
-operators that a plain cache does not need.
+waited for the cache's bytes. This model and its cache are small enough for the processor's own caches, and turning codes back into numbers
+takes operators that a plain cache does not need.
 
 On a GPU, where a kernel decodes in registers while it waits for memory, the sign can change; and there, too, not everywhere. No such run is
 recorded yet: `benchmarks/kv_decode.py` makes one.
@@ -292,8 +305,8 @@ explore(
     lambda layer: level_figure(
         samples[layer].k[head][256:288], token=5, where=f"layer {layer}"
     ),
-    alt="The level figure for the keys of each layer's first head: some have loud channels and "
-    "gain much from a range per channel, others gain little.",
+    alt="The level figure for the keys of each layer's first head: in some the channels differ much "
+    "in loudness and a range per channel gains much, in others less.",
     layer=[0, 2, 5],
 )
 
@@ -304,7 +317,7 @@ explore(
 Llama 3.1 8B in bf16 on a GPU. With quantisation only the cache shrinks, the weights stay. **What is the most that int4 can speed up a
 decode step** at batch 1 and a context of 1,000, and at batch 32 and 8,000? And what would an endlessly small cache give?
 
-You need two numbers: weights of 15 GB, and 128 KiB of KV per token.
+You need two numbers from lesson 03: weights of about 15 GB without the embedding, and 128 KiB of KV per token.
 """
 
 # %%
@@ -343,7 +356,7 @@ moves does not mean that reasoning over thousands of tokens is unharmed.
 
 `exercises/ex12_kv_quantization.py` · difficulty ●●●○○ · 50 minutes
 
-You write int8, packing and int4 by groups, and the rounding of fp8. Work on it with `minillm lab test ex12`.
+You write int8, packing and int4 by groups, and the rounding of fp8. Work on it with `minillm lab test ex12`, or run the cell below.
 
 <details><summary>Hint 1: my token of zeros becomes NaN</summary>
 
@@ -364,6 +377,11 @@ fall further.
 
 </details>
 """
+
+# %%
+from minillm.lab import check
+
+check("ex12")
 
 # %% [markdown]
 """
@@ -391,7 +409,7 @@ for form in (None, right, wrong):
 """
 **Mutant 2: a unit scale.** Codes of 8 bits, and the scale is simply 1: what engines do when nobody has calibrated it. fp8 then clips at 448 and runs out
 of digits near zero; int8 rounds to whole numbers. Whether it hurts depends on how large the numbers happen to be, and that is the trouble. So we
-also try the same model with values a hundred times as small (a model whose next matrix is as much larger would compute the same).
+also try the same values a thousand times as small and as large. (A model whose next matrix makes up for it would compute the same.)
 """
 
 
@@ -406,7 +424,7 @@ class UnitScale(PerToken8):
 for name in ("fp8", "int8"):
     codec = FORMATS[name].values
     unit = UnitScale(codec.dtype, codec.largest)
-    for factor in (1.0, 0.01):
+    for factor in (1.0, 0.001, 1000.0):
         x = factor * samples[layer].v[head]
         own, one = (
             float((c.decode(*c.encode(x)) - x).norm() / x.norm()) for c in (codec, unit)
@@ -425,7 +443,7 @@ A scale per token follows its numbers wherever they are. A unit scale is right b
   checkpoint brings a calibrated one: the second mutant, as a default.
 * **SGLang**, `--kv-cache-dtype fp8_e4m3` or `fp8_e5m2`: `python/sglang/srt/mem_cache/memory_pool.py` holds the codes.
 * **llama.cpp**, `-ctk q8_0 -ctv q8_0` and others: keys and values are stored in the formats of its weights, groups of 32 numbers of one token with a scale.
-* **transformers**, `src/transformers/cache_utils.py`: `QuantizedCache` keeps the newest tokens exact, as our tails do, and decodes everything before each
+* **transformers**, `src/transformers/cache_utils.py`: `QuantizedLayer` keeps the newest tokens exact, as our tails do, and decodes everything before each
   step: it saves memory, not time.
 * **minillm**: `minillm/cache/formats.py` for the codes, `minillm/cache/tails.py` for the newest keys, `minillm/attention/quantized.py` for reading; the Triton kernels decode
   a tile when they load it.
@@ -434,7 +452,7 @@ A scale per token follows its numbers wherever they are. A unit scale is right b
 
 <details><summary>1. Why do values need no range per channel?</summary>
 
-Trained values have no channels that are loud for every token. And a token's value is weighed as a whole: a range per token can be taken out of the sum over channels.
+Their channels are about equally loud, as the cell above printed. And a token's value is weighed as a whole: a range per token can be taken out of the sum over channels.
 
 </details>
 
