@@ -91,9 +91,7 @@ print(f"keys {[*keys.shape]}: tokens, channels")
 print(f"loudest channels {loudest}: {[round(float(loudness[c]), 1) for c in loudest]}")
 print(f"the channel in the middle: {loudness.median():.2f}")
 values = samples[layer].v[head].square().mean(0).sqrt()
-print(
-    f"values: the loudest channel {values.max():.2f}, the one in the middle {values.median():.2f}"
-)
+print(f"values: loudest channel {values.max():.2f}, in the middle {values.median():.2f}")
 
 # %% tags=["thumbnail"]
 block = keys[256:288]
@@ -305,8 +303,8 @@ explore(
     lambda layer: level_figure(
         samples[layer].k[head][256:288], token=5, where=f"layer {layer}"
     ),
-    alt="The level figure for the keys of each layer's first head: in some the channels differ much "
-    "in loudness and a range per channel gains much, in others less.",
+    alt="The level figure for the keys of each layer's first head: in some the channels differ "
+    "much in loudness and a range per channel gains much, in others less.",
     layer=[0, 2, 5],
 )
 
