@@ -179,6 +179,9 @@ def _draw_budget(axes: Axes, budget: int) -> None:
 
 def _budget_title(runs: Mapping[str, Sequence[StepRecord]]) -> str:
     """Whether cutting changed the tokens that are computed, or only their steps."""
+    again = max(sum(part.num_recomputed for record in trace for part in record.sequences) for trace in runs.values())
+    if again:
+        return f"Where blocks run out, {again} tokens are computed a second time (crossed)"
     totals = {sum(record.num_tokens for record in trace) for trace in runs.values()}
     same = "The same tokens, cut into steps" if len(totals) == 1 else "Tokens cut into steps"
     return f"{same} of a size that everybody can wait for" if len(runs) > 1 else "What each step computes, and for whom"

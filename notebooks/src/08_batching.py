@@ -327,12 +327,12 @@ fold(
 """
 ## What people say
 
-"Tens of gigabytes for a single token", "a teacher who walks to the ink bottle for every word", "batch size 1 per step": three statements that forget the class.
+"Tens of gigabytes for a single token", "a teacher who walks to the ink bottle for every word": two statements that forget the class.
 """
 
 # %%
 bench = Workbench()
-for claim in ("A10", "A18", "A6"):
+for claim in ("A10", "A18"):
     show_card(CLAIMS[claim].card(bench))
 
 # %% [markdown]

@@ -455,7 +455,7 @@ for name, good, bad in zip("AB", right, wrong, strict=True):
 # %% [markdown]
 """
 Nothing raises: every slot exists, every shape fits. One sequence reads the other's keys and goes on from a text that is not its
-own. This is why a pool refuses to take back a block that is free, and why the engine's tests recompute all counts after every step.
+own. This is why blocks are counted, and why the engine's tests recompute all counts after every step.
 
 **Mutant 2: read to the end of the last block.** The empty places hold zeros in a new cache, and what the last owner left in a used one.
 """

@@ -90,6 +90,13 @@ def test_towers_are_the_tokens_of_each_step() -> None:
     assert "The same tokens" in figure.texts[0].get_text()
 
 
+def test_the_title_counts_what_is_computed_again() -> None:
+    recorded = trace(1, num_blocks=8)
+    again = sum(part.num_recomputed for record in recorded for part in record.sequences)
+    title = budget_figure({"few blocks": recorded}, [512]).texts[0].get_text()
+    assert again and f"{again} tokens are computed a second time" in title
+
+
 def test_nothing_overlaps_whatever_is_recorded() -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)
