@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 
 from minillm.cli import main
-from minillm.config import EngineConfig
-from minillm.engine.engine import Engine
 from minillm.errors import LearnerError
 from minillm.lab.stubs import make_stub
 from minillm.llm import LLM
 from minillm.model.loader import load_model
 from minillm.sampling import SamplingParams
-from minillm.use import Used, plug_in
+from minillm.use import Used
 from minillm.use.table import PLUGS
 
 SOLUTIONS = Path(__file__).parents[1] / "solutions"
@@ -55,11 +53,7 @@ LOAD = cache(load_model)
 
 def serve(model: str = "tiny-draft", use: Path | None = None, **settings: Any) -> tuple[list[list[int]], list[Used]]:
     """All completions, in two rounds, of which the second finds the first one's prefixes."""
-    kv_format = settings.pop("kv_format", None)
-    llm = LLM(model, dtype="float32", device="cpu", use=None if kv_format else use, debug=True, **settings)
-    if kv_format:
-        llm.engine = Engine(llm.engine.model, EngineConfig(kv_format=kv_format, debug=True))
-        llm.used = plug_in(use, llm) if use else []
+    llm = LLM(model, dtype="float32", device="cpu", use=use, debug=True, **settings)
     outputs = [out for _ in range(2) for out in llm.generate(PROMPTS, PARAMS, progress=False)]
     for out in outputs:
         assert out.metrics.ttft is not None and out.metrics.tpot is not None and out.metrics.itl
