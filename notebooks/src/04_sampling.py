@@ -476,20 +476,19 @@ for _ in range(24):
     row, _ = prefill(model, tokens)
     tokens.append(choose(row, tokens, params, params.generator(0, 0)))  # a fresh stream
 print("wrong:", repr(tokenizer.decode(tokens[len(start) :])))
-print(
-    "the random number of every step:", float(torch.rand(1, generator=params.generator(0, 0)))
-)
+number = torch.rand((), generator=params.generator(0, 0), dtype=torch.float64)
+print(f"the random number of every step: {number:.3f}")
 
 # %% [markdown]
 """
-It is reproducible, and it is no sampling: the text depends on one number. If that is small, the likeliest tokens of low ids win; if it is
-large, those of high ids.
+It is reproducible, and it is no sampling: the whole text depends on one number. Tokens lie side by side in the order of their ids, so a
+small number always picks low ids, whatever the model thinks of them: punctuation, digits, single letters.
 
 ## How others do it
 
 * **vLLM**, `vllm/v1/sample/sampler.py` and `ops/topk_topp_sampler.py`: the same order, batched, with FlashInfer's kernels that cut without sorting.
 * **SGLang**, `python/sglang/srt/layers/sampler.py`: FlashInfer's kernels, or PyTorch as here.
-* **llama.cpp**, `src/llama-sampling.cpp`: a chain of samplers in an order that the user chooses. By default top-k, top-p and min-p come
+* **llama.cpp**, `src/llama-sampler.cpp`: a chain of samplers in an order that the user chooses. By default top-k, top-p and min-p come
   *before* temperature: the first mutant, on purpose.
 * **transformers**, `src/transformers/generation/logits_process.py`: one class for each setting, in a list.
 * **minillm**, `minillm/sampling.py`: one function from logits to probabilities, used by sampler, verifier and figures alike.
