@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -84,8 +84,8 @@ def _draw(axes: Axes, line: Curve) -> None:
     few = len(line.x) <= 40
     if line.predicted is not None:
         axes.plot(line.x, line.predicted, color=line.color, lw=1.2, zorder=2)
-    look = {"ms": 5.5, "mfc": "white", "mew": 1.4} if few else {"ms": 3.5, "mew": 0}
-    axes.plot(line.x, line.measured, line.marker, color=line.color, zorder=3, **look)  # type: ignore[arg-type]
+    look: dict[str, Any] = {"ms": 5.5, "mfc": "white", "mew": 1.4} if few else {"ms": 3.5, "mew": 0}
+    axes.plot(line.x, line.measured, line.marker, color=line.color, zorder=3, clip_on=False, **look)
 
 
 def _number(axis: Axis, scale: Scale, text: EngFormatter | Callable[..., str]) -> None:
