@@ -13,11 +13,11 @@ numbers has 16 bits. This lesson stores them in 8 and in 4, finds out where that
 # %%
 import torch
 
-from minillm import LLM, SamplingParams, load_model, load_tokenizer
+from minillm import SamplingParams, load_model, load_tokenizer
 from minillm.cache.contiguous import new_cache
 from minillm.cache.formats import FORMATS, Format, Int4, PerToken8
 from minillm.claims import CLAIMS, Workbench
-from minillm.generate import extend
+from minillm.generate import extend, generate
 from minillm.measure.bench_kv import bench_kv, bench_quality
 from minillm.measure.formulas import format_element_bytes, step_bytes
 from minillm.measure.kv_quality import held_out_rows, perplexity, trained_samples
@@ -197,17 +197,18 @@ continuous.** The answer is just as good, but it is not the same bits.
 
 So quantised caches go together with everything that cuts sequences differently: chunked prefill, shared prefixes, preemption, speculation.
 
-The engine takes the format as a parameter. The same request in each of them:
+Generation takes the format as a parameter; so do `LLM(kv_format=…)` and the engine. The same prompt in each of them. A format that turns one close decision writes another text from
+there on, and that alone does not make it a worse one:
 """
 
 # %%
 prompt = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item"
 )
+params = SamplingParams(temperature=0, max_tokens=24)
 for name in ("auto", *FORMATS):
-    llm = LLM("tiny", device="cpu", dtype="float32", kv_format=name)
-    (out,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=24))
-    print(f"{name:5}", repr(out.outputs[0].text))
+    written = list(generate(model, tokenizer.encode(prompt), params, kv_format=name))
+    print(f"{name:5}", repr(tokenizer.decode(written)))
 
 # %% [markdown]
 """
@@ -272,8 +273,8 @@ for one in quality:
     change = f"{100 * one.loss(quality[0]):+.2f} %" if one.errors else ""
     print(f"{one.format:14} {one.bits:5.2f} bits, perplexity {one.perplexity:.3f} {change}")
     if one.errors:
-        errors = ", ".join(f"{kind} keys {error:.3f}" for kind, error in one.errors.items())
-        print(f"               error on {errors}")
+        errors = ", ".join(f"{kind} {error:.3f}" for kind, error in one.errors.items())
+        print(f"               error by keys: {errors}")
 
 # %%
 loss = {one.format: 100 * one.loss(quality[0]) for one in quality}
