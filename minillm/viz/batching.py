@@ -109,7 +109,7 @@ def intensity_figure(
         points = [getattr(row, part) for row in counted]
         axes.plot([row.batch for row in counted], points, marker, mec=color, mfc=fill, ms=6, zorder=2)
         end = getattr(predicted[-1], part)
-        words = f"{name}\n{number(end)}"
+        words = f"{name}\n{float(number(end)):g}"
         axes.annotate(words, (batches[-1], end), (9, 0), textcoords="offset points", va="center", color=color)
     for name, ridge in ridges.items():
         axes.axhline(ridge, color=style.INK, lw=0.9, ls=":", zorder=0)
