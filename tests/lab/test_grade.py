@@ -40,7 +40,7 @@ def test_the_stub_gets_none_and_is_told_what_to_write(grader: Grader, course: Co
 
 
 def test_a_mistake_is_called_by_its_name_however_it_is_written(grader: Grader, course: Course) -> None:
-    result = grade(grader, course, "return 2 * x", "y = x + x\n    return y + x")
+    result = grade(grader, course, "return 2 * x", "y = 4 * x\n    return y - x")
     wrong = result.checks[0]
     assert (wrong.status, wrong.points, wrong.mutant) == ("wrong", 0, "tripled")
     assert "somebody triples" in " ".join(wrong.told()) and "float32[3]" in wrong.calls[0]
@@ -112,7 +112,7 @@ def test_a_course_checks_itself(course: Course) -> None:
         ("tests/exercises/ex01/mutants.py", '"3 * x"', '"x * 2"', "mutant"),
         ("tests/exercises/ex01/checks.py", ", hidden=True", "", "author"),
         ("tests/exercises/ex01/checks.py", '"Think.", ', "", "author"),
-        ("tests/exercises/ex01/checks.py", "case.raises(", "str(", "mutant"),
+        ("tests/exercises/ex01/checks.py", 'case.raises("ValueError", case.learner.halve, 3)', "pass", "mutant"),
     ],
 )
 def test_a_bad_exercise_is_found(course: Course, file: str, old: str, new: str, kind: str) -> None:

@@ -99,7 +99,9 @@ def test_what_does_not_run_is_told_in_words(
 def test_exit_codes(at_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """2: a wrong word. 3: the grader itself failed, in a way it knows or does not know."""
     assert run("lab", "test", "ex99") == 2 and "There are: ex01" in said(capsys)
-    monkeypatch.setattr("minillm.lab.isolation.unavailable", lambda level: "no such thing")
+    monkeypatch.setattr(
+        "minillm.lab.isolation.unavailable", lambda level: "" if level == "process" else "no such thing"
+    )
     (at_home / "in").mkdir()
     (at_home / "in" / "ada.py").write_text(SOLUTION)
     assert run("teach", "grade", "in") == 3 and "not available here" in said(capsys)
@@ -116,7 +118,7 @@ def test_a_damaged_state_is_told(at_home: Path, capsys: pytest.CaptureFixture[st
 def test_in_a_notebook(at_home: Path) -> None:
     write(at_home, WRONG)
     shown = check("ex01")
-    assert "somebody triples" in repr(shown) and "<table>" in shown._repr_html_() and "1 of 4 points" in repr(shown)
+    assert "somebody triples" in repr(shown) and "<table>" in shown._repr_html_() and "2 of 4 points" in repr(shown)
 
 
 def test_a_teacher_s_way(at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +131,7 @@ def test_a_teacher_s_way(at_home: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert run("teach", "export", "graded", "--format", kind) == 0
     assert run("teach", "export", "graded", "--format", "pdf") == 2
     assert run("teach", "feedback", "graded") == 0
-    assert "1 of 4 points" in (at_home / "graded" / "feedback" / "ada.md").read_text()
+    assert "2 of 4 points" in (at_home / "graded" / "feedback" / "ada.md").read_text()
     capsys.readouterr()
     assert run("teach", "grade", "in", "--isolation", "process", "--seed", "1") == 2 and "another run" in said(capsys)
 
