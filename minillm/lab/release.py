@@ -15,6 +15,7 @@ from pathlib import Path
 from minillm.errors import CourseError
 from minillm.lab.exercises import ORIGINAL, Course, Exercise
 from minillm.lab.stubs import make_stub
+from minillm.lab.syntax import parse
 
 PACKAGES = ("minillm-course", "torch")
 
@@ -90,7 +91,7 @@ def release(course: Course, to: Path) -> list[Path]:
 def without_hidden(checks: str) -> str:
     """The source of checks without the functions decorated with `@check(…, hidden=True)`."""
     lines = checks.splitlines(keepends=True)
-    for node in reversed(ast.parse(checks).body):
+    for node in reversed(parse(checks).body):
         if isinstance(node, ast.FunctionDef) and any(map(_hides, node.decorator_list)):
             del lines[node.decorator_list[0].lineno - 1 : node.end_lineno]
     return "".join(lines)

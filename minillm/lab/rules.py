@@ -10,6 +10,7 @@ import ast
 from dataclasses import dataclass
 
 from minillm.lab.exercises import Exercise
+from minillm.lab.syntax import parse
 
 SOURCE_BYTES = 256 << 10
 WAYS_AROUND = ("__import__", "eval", "exec", "compile", "globals", "breakpoint", "open")
@@ -33,7 +34,7 @@ def read(data: bytes | None, exercise: Exercise, *, strict: bool = True) -> str 
         return Refusal("unreadable", f"{exercise.file_name} has {len(data):,} bytes; {SOURCE_BYTES:,} is the most.")
     try:
         source = data.decode("utf-8-sig")
-        tree = ast.parse(source)
+        tree = parse(source)
     except UnicodeDecodeError as error:
         return Refusal("unreadable", f"{exercise.file_name} is not UTF-8 text (byte {error.start}). Save it as UTF-8.")
     except SyntaxError as error:

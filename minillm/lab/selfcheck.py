@@ -19,6 +19,7 @@ from minillm.lab.exercises import Course, Exercise
 from minillm.lab.grade import Grader
 from minillm.lab.isolation import LEVELS, unavailable
 from minillm.lab.release import sync
+from minillm.lab.syntax import parse
 
 MUTANTS, HINTS, TASKS, DIAGNOSED = 4, 3, range(2, 6), 0.8
 Kind = Literal["author", "stub", "solution", "mutant", "dishonest"]
@@ -120,7 +121,7 @@ def _author(exercise: Exercise) -> Iterator[Finding]:
 
 def claim(course: Course, path: Path) -> tuple[Exercise, str]:
     """The exercise and the level in the last line of a cheat's docstring: `ex03, stopped by: namespace`."""
-    last = (ast.get_docstring(ast.parse(path.read_bytes())) or "").splitlines()[-1:]
+    last = (ast.get_docstring(parse(path.read_text(encoding="utf8"))) or "").splitlines()[-1:]
     name, _, level = last[0].partition(", stopped by: ") if last else ("", "", "")
     if level not in LEVELS:
         raise CourseError(f"{path} must say in the last line of its docstring: ex03, stopped by: {' | '.join(LEVELS)}.")

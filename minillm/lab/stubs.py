@@ -14,6 +14,7 @@ import io
 import tokenize
 
 from minillm.errors import CourseError
+from minillm.lab.syntax import parse
 
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 
@@ -28,7 +29,7 @@ def make_stub(solution: str, name: str = "solution") -> str:
         after = end + 1
     stub = "\n".join([*kept, *lines[after:]]) + "\n"
     try:
-        ast.parse(stub)
+        parse(stub)
     except SyntaxError as error:
         raise CourseError(f"The stub of {name} does not compile (line {error.lineno}): {error.msg}.") from None
     return stub
@@ -56,7 +57,7 @@ def _function(source: str, line: int) -> str:
     """Name of the innermost function around a line."""
     around = [
         node
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parse(source))
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.lineno <= line <= (node.end_lineno or 0)
     ]
     return max(around, key=lambda node: node.lineno).name if around else "this"
