@@ -104,9 +104,10 @@ def seat_gantt(runs: Mapping[str, Sequence[StepRecord]], seats: int) -> Figure:
 def _gantt_title(runs: Mapping[str, Sequence[StepRecord]], seats: int) -> str:
     lengths = {caption: len(trace) for caption, trace in runs.items()}
     best, worst = min(lengths, key=lambda name: lengths[name]), max(lengths, key=lambda name: lengths[name])
+    count = len({stay.name for stay in stays(runs[best])})  # whoever was preempted sat down twice
     if lengths[best] == lengths[worst]:
-        return f"{len(stays(runs[best]))} requests on {seats} seats take {lengths[best]} steps"
-    return f"The same {len(stays(runs[best]))} requests: {lengths[worst]} steps or {lengths[best]}, with {seats} seats"
+        return f"{count} requests on {seats} seats take {lengths[best]} steps"
+    return f"The same {count} requests: {lengths[worst]} steps or {lengths[best]}, with {seats} seats"
 
 
 def _draw_seats(axes: Axes, trace: Sequence[StepRecord], seats: int) -> None:
