@@ -338,10 +338,10 @@ prompt = step_seconds(llama, prefill_step(500), 2, paper)
 rate = 1 / (prompt + 250 * decode / batch)
 fold(
     "Answer",
-    f"{places / 1e3:,.0f} thousand places are left, 750 for each at its longest: **{batch:,}** at "
-    f"once. A decode step of all of them takes {1e3 * decode:.0f} ms and brings {batch:,} tokens; "
-    f"a prompt takes {1e3 * prompt:.1f} ms. A request costs {1e3 * prompt:.1f} ms + 250 / {batch:,} "
-    f"steps, so at most **{rate:.0f} requests/s**, {250 * rate:,.0f} tokens/s. "
+    f"{places / 1e3:,.0f} thousand places are left, 750 for each at its longest: "
+    f"**{batch:,}** at once. A decode step of all of them takes {1e3 * decode:.0f} ms, a prompt "
+    f"{1e3 * prompt:.1f} ms. A request costs one prompt and 250 times its share of a step, "
+    f"so at most **{rate:.0f} requests/s** are served, {250 * rate:,.0f} tokens/s. "
     "(Bounds, not measurements.)",
 )
 
