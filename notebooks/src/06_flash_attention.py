@@ -477,7 +477,7 @@ for claim in ("A19", "B13"):
 
 `exercises/ex06_flash_attention.py` · difficulty ●●●●○ · 60 minutes
 
-You write `online_step`, `finish`, `tiled_attention` and `merge`. Work on it with `minillm lab test ex06`.
+You write `online_step`, `finish`, `tiled_attention` and `merge`. Work on it with `minillm lab test ex06`, or run the cell below.
 
 <details><summary>Hint 1: where do I begin?</summary>
 
@@ -498,6 +498,11 @@ Both `l` *and* `out` have to shrink by `exp(m − m_new)`, before the new tile i
 
 </details>
 """
+
+# %%
+from minillm.lab import check
+
+check("ex06")
 
 # %% [markdown]
 """

@@ -488,7 +488,7 @@ show_card(CLAIMS["B13"].card(Workbench()))
 
 `exercises/ex07_gpu_kernels.py` · difficulty ●●●●○ · 75 minutes
 
-You write `softmax_kernel`, `attention_kernel` with grouped heads, and `split_kernel`. Work on it with `minillm lab test ex07`.
+You write `softmax_kernel`, `attention_kernel` with grouped heads, and `split_kernel`. Work on it with `minillm lab test ex07`, or run the cell below.
 
 <details><summary>Hint 1: where do my pointers go?</summary>
 
@@ -509,6 +509,11 @@ Rows behind the last query have no key they may see, so `l` is 0. They are never
 
 </details>
 """
+
+# %%
+from minillm.lab import check
+
+check("ex07")
 
 # %% [markdown]
 """
