@@ -4,7 +4,7 @@
 
 **Does your engine hold?**
 
-60 minutes to read, an evening to build · needs all lessons before it · runs offline on a CPU
+120 minutes with the exercise · needs all lessons before it · runs offline on a CPU
 
 You know every part: attention, the cache, blocks, the scheduler, the sampler. An engine is what happens when they meet a load that is larger than its memory. This lesson puts one such load on the package's engine, looks at it from four
 sides at once, and shows how your own parts take their places.
@@ -314,9 +314,8 @@ with tempfile.TemporaryDirectory() as folder:
     text = with_yours.generate(question, greedy, progress=False)[0].outputs[0].text
 own = LLM("tiny", device="cpu", dtype="float32").generate(question, greedy, progress=False)
 for row in with_yours.used:
-    print(
-        f"{row.exercise} {', '.join(row.tasks):24} {row.place:30} {row.why_not or 'in place'}"
-    )
+    state = (row.why_not or "in place").partition(":")[0]
+    print(f"{row.exercise} {', '.join(row.tasks):23} {row.place:24} {state}")
 print("writes", repr(text))
 print("the same text as the engine's own:", text == own[0].outputs[0].text)
 
@@ -425,47 +424,47 @@ is the oldest at some time.
 
 Paths of vLLM are below `vllm/`, those of SGLang below `python/sglang/srt/`. Files move; the names of the things in them stay.
 
-| minillm | vLLM | SGLang |
-|---|---|---|
-| **a request comes in** | | |
-| `llm.py` | `entrypoints/llm.py` | `entrypoints/engine.py` |
-| `sampling.py`, `outputs.py` | `sampling_params.py`, `outputs.py` | `sampling/sampling_params.py`, `managers/io_struct.py` |
-| `text.py` | `v1/engine/detokenizer.py` | `managers/detokenizer_manager.py` |
-| `config.py`, `errors.py` | `config/` | `server_args.py`, `configs/model_config.py` |
-| `generate.py` (a loop for one) | – | – |
-| **who computes what** | | |
-| `engine/engine.py` | `v1/engine/core.py`, `v1/engine/llm_engine.py` | `managers/scheduler.py` (its loop) |
-| `engine/scheduler.py` | `v1/core/sched/scheduler.py` | `managers/scheduler.py`, `managers/schedule_policy.py` |
-| `engine/sequence.py` | `v1/request.py` | `managers/schedule_batch.py` (`Req`) |
-| `engine/batch.py` | `v1/worker/gpu_input_batch.py` | `managers/schedule_batch.py`, `model_executor/forward_batch_info.py` |
-| `engine/runner.py` | `v1/worker/gpu_model_runner.py`, `v1/sample/sampler.py` | `model_executor/model_runner.py`, `layers/sampler.py` |
-| `engine/graphs.py` | `v1/cudagraph_dispatcher.py` | `model_executor/cuda_graph_runner.py` |
-| `engine/trace.py` | `v1/metrics/stats.py` | `managers/scheduler_metrics_mixin.py` |
-| **where keys and values lie** | | |
-| `cache/blocks.py` | `v1/core/block_pool.py`, `kv_cache_manager.py`, `kv_cache_utils.py` | `mem_cache/allocator.py`, `mem_cache/radix_cache.py` |
-| `cache/paged.py` | `v1/worker/gpu_model_runner.py`, `v1/worker/block_table.py` | `mem_cache/memory_pool.py` |
-| `cache/quantized.py`, `formats.py`, `tails.py` | `--kv-cache-dtype` | `--kv-cache-dtype` |
-| `cache/contiguous.py`, `snapshot.py` (to learn from) | – | – |
-| **attention** | | |
-| `attention/layout.py` | `v1/attention/backend.py` (metadata) | `model_executor/forward_batch_info.py` |
-| `attention/paged.py`, `grouped.py`, `sdpa.py` | `v1/attention/backends/` | `layers/attention/` |
-| `attention/triton_prefill.py`, `triton_decode.py`, `triton_paged.py`, `triton_tiles.py` | `v1/attention/ops/triton_unified_attention.py` | `layers/attention/triton_ops/extend_attention.py`, `decode_attention.py` |
-| `attention/quantized.py` | in the kernels | in the kernels |
-| `attention/naive.py`, `tiled.py`, `contiguous.py` (to learn from) | – | – |
-| **the model** | | |
-| `model/decoder.py`, `rope.py` | `model_executor/models/llama.py`, `layers/rotary_embedding/` | `models/llama.py`, `layers/rotary_embedding.py` |
-| `model/linear.py` | `model_executor/layers/linear.py` | `layers/linear.py` |
-| `model/loader.py`, `shapes.py` | `model_executor/model_loader/` | `model_loader/` |
-| `model/tokenizer.py` | `tokenizers/` | `managers/tokenizer_manager.py` |
-| `model/bpe.py`, `corpus.py`, `batches.py`, `train.py`, `loss.py`, `optimizer.py`, `card.py` (training) | – | – |
-| **guessing ahead** | | |
-| `engine/proposer.py`, `speculation.py` | `v1/spec_decode/` | `speculative/` |
-| `engine/verify.py` | `v1/sample/rejection_sampler.py` | `speculative/eagle_info.py` |
-| `speculative/ngram.py`, `draft.py` | `v1/spec_decode/ngram_proposer.py`, `draft_model.py` | `speculative/ngram_worker.py`, `standalone_worker.py` |
-| `speculative/tree.py`, `stats.py`, `rounds.py` | `v1/spec_decode/metrics.py` | `speculative/eagle_utils.py` (trees) |
-| **measuring** | | |
-| `measure/bench_serve.py`, `summary.py`, `workloads.py` | `benchmarks/serve.py`, `benchmarks/datasets.py` | `python/sglang/bench_serving.py` |
-| the rest of `measure/`; `claims/`, `viz/`, `lab/`, `use/`, `cli/` (the course) | – | – |
+| minillm | vLLM, below it SGLang |
+|---|---|
+| **a request comes in** |  |
+| `llm.py` | `entrypoints/llm.py`<br>`entrypoints/engine.py` |
+| `sampling.py`, `outputs.py` | `sampling_params.py`, `outputs.py`<br>`sampling/sampling_params.py`, `managers/io_struct.py` |
+| `text.py` | `v1/engine/detokenizer.py`<br>`managers/detokenizer_manager.py` |
+| `config.py`, `errors.py` | `config/`<br>`server_args.py`, `configs/model_config.py` |
+| `generate.py` (a loop for one) | – |
+| **who computes what** |  |
+| `engine/engine.py` | `v1/engine/core.py`, `v1/engine/llm_engine.py`<br>`managers/scheduler.py` (its loop) |
+| `engine/scheduler.py` | `v1/core/sched/scheduler.py`<br>`managers/scheduler.py`, `managers/schedule_policy.py` |
+| `engine/sequence.py` | `v1/request.py`<br>`managers/schedule_batch.py` (`Req`) |
+| `engine/batch.py` | `v1/worker/gpu_input_batch.py`<br>`managers/schedule_batch.py`, `model_executor/forward_batch_info.py` |
+| `engine/runner.py` | `v1/worker/gpu_model_runner.py`, `v1/sample/sampler.py`<br>`model_executor/model_runner.py`, `layers/sampler.py` |
+| `engine/graphs.py` | `v1/cudagraph_dispatcher.py`<br>`model_executor/cuda_graph_runner.py` |
+| `engine/trace.py` | `v1/metrics/stats.py`<br>`managers/scheduler_metrics_mixin.py` |
+| **where keys and values lie** |  |
+| `cache/blocks.py` | `v1/core/block_pool.py`, `kv_cache_manager.py`, `kv_cache_utils.py`<br>`mem_cache/allocator.py`, `mem_cache/radix_cache.py` |
+| `cache/paged.py` | `v1/worker/gpu_model_runner.py`, `v1/worker/block_table.py`<br>`mem_cache/memory_pool.py` |
+| `cache/quantized.py`, `formats.py`, `tails.py` | `--kv-cache-dtype` |
+| `cache/contiguous.py`, `snapshot.py` (to learn from) | – |
+| **attention** |  |
+| `attention/layout.py` | `v1/attention/backend.py` (metadata)<br>`model_executor/forward_batch_info.py` |
+| `attention/paged.py`, `grouped.py`, `sdpa.py` | `v1/attention/backends/`<br>`layers/attention/` |
+| `attention/triton_prefill.py`, `triton_decode.py`, `triton_paged.py`, `triton_tiles.py` | `v1/attention/ops/triton_unified_attention.py`<br>`layers/attention/triton_ops/extend_attention.py`, `decode_attention.py` |
+| `attention/quantized.py` | in the kernels |
+| `attention/naive.py`, `tiled.py`, `contiguous.py` (to learn from) | – |
+| **the model** |  |
+| `model/decoder.py`, `rope.py` | `model_executor/models/llama.py`, `layers/rotary_embedding/`<br>`models/llama.py`, `layers/rotary_embedding.py` |
+| `model/linear.py` | `model_executor/layers/linear.py`<br>`layers/linear.py` |
+| `model/loader.py`, `shapes.py` | `model_executor/model_loader/`<br>`model_loader/` |
+| `model/tokenizer.py` | `tokenizers/`<br>`managers/tokenizer_manager.py` |
+| `model/bpe.py`, `corpus.py`, `batches.py`, `train.py`, `loss.py`, `optimizer.py`, `card.py` (training) | – |
+| **guessing ahead** |  |
+| `engine/proposer.py`, `speculation.py` | `v1/spec_decode/`<br>`speculative/` |
+| `engine/verify.py` | `v1/sample/rejection_sampler.py`<br>`speculative/eagle_info.py` |
+| `speculative/ngram.py`, `draft.py` | `v1/spec_decode/ngram_proposer.py`, `draft_model.py`<br>`speculative/ngram_worker.py`, `standalone_worker.py` |
+| `speculative/tree.py`, `stats.py`, `rounds.py` | `v1/spec_decode/metrics.py`<br>`speculative/eagle_utils.py` (trees) |
+| **measuring** |  |
+| `measure/bench_serve.py`, `summary.py`, `workloads.py` | `benchmarks/serve.py`, `benchmarks/datasets.py`<br>`python/sglang/bench_serving.py` |
+| the rest of `measure/`; `claims/`, `viz/`, `lab/`, `use/`, `cli/` (the course) | – |
 
 The large engines have what is missing here: servers, many GPUs, other attentions, adapters, structured output. What is here, they have in the same places. **llama.cpp** has its own cut: `src/llama-context.cpp` runs a batch, `src/llama-kv-cache.cpp` holds
 the cells, `tools/server/` schedules.
