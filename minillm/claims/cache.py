@@ -212,7 +212,7 @@ def quantised_cache(bench: Workbench) -> dict[str, Finding]:
     return {
         "short": Finding("bytes, bf16 over int8, context 1k", short, counted_short, "×"),
         "long": Finding("bytes, bf16 over int8, context 131k", long, counted_long, "×"),
-        "unpacking": Finding("unpacking by tiles, in the caches, per byte saved", None, unpacking, "B"),
+        "unpacking": Finding("unpacking by tiles, in caches, per byte saved", None, unpacking, "B"),
     }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from minillm.cache.formats import Int4
@@ -120,4 +121,5 @@ def _draw_errors(axes: Axes, errors: dict[str, Tensor]) -> None:
         axes.annotate(f"range for\neach {owner}", end, (6, lift), **look)
     axes.set_title("rounding error in each channel, root mean square over the tokens", **WORDS)
     axes.set(xlabel="channel of the key", ylabel="error", xlim=(-0.5, len(error) - 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, None)
