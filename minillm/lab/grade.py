@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -37,8 +38,8 @@ class Grader:
 
     What is graded shares a sandbox, until `next_person`: one person's tries and exercises need not wait for PyTorch
     again, and different people never meet. patience: how often the worker of a submission may have to be killed; the
-    checks that are left then do not run. diagnoses: how many of its failures are explained. Raises GraderError if the
-    level is not available.
+    checks that are left then do not run. seconds: for a check at most, if that is less than its own. diagnoses: how
+    many failures of a submission are explained. Raises GraderError if the level is not available.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class Grader:
         *,
         seed: int | None = None,
         patience: int = 4,
+        seconds: float = math.inf,
         diagnoses: int = 1000,
     ) -> None:
         check_available(isolation)
-        self.isolation, self.patience, self.diagnoses = isolation, patience, diagnoses
+        self.isolation, self.patience, self.seconds, self.diagnoses = isolation, patience, seconds, diagnoses
         self.seed = secrets.randbits(32) if seed is None else seed
         self._diagnosis = Diagnosis(self.seed)
         self._open: dict[tuple[str, ...], Sandbox] = {}
@@ -97,7 +99,9 @@ class Grader:
                 progress(check)
             cases[check] = draw(exercise, check, self.seed)
             tired = sum(reply.status in KILLED for reply in replies.values()) >= self.patience
-            replies[check] = Reply("given up") if tired else run(sandbox, exercise, check, cases[check], source)
+            replies[check] = (
+                Reply("given up") if tired else run(sandbox, exercise, check, cases[check], source, self.seconds)
+            )
         results = {check: _judged(check, cases[check], replies[check]) for check in exercise.checks}
         explicable = [check for check, result in results.items() if result.status in EXPLICABLE]
         for check in explicable[: self.diagnoses]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from minillm.errors import CourseError
+from minillm.lab.diagnosis import OURS_S
 from minillm.lab.exercises import Course, Exercise
 from minillm.lab.grade import Grader
 from minillm.lab.isolation import LEVELS, unavailable
@@ -54,7 +55,7 @@ def check_exercise(exercise: Exercise, seed: int | None = None) -> Iterator[Find
     """Try the stub, the solution and the mutants of one exercise."""
     solution = exercise.solution.read_text(encoding="utf8")
     yield from _author(exercise)
-    with Grader(seed=seed) as grader:
+    with Grader(seed=seed, seconds=OURS_S) as grader:
         yield _stub(exercise, grader)
         result = grader.grade(exercise, solution.encode())
         failed = result.first_failure
