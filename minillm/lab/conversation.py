@@ -8,7 +8,7 @@ import subprocess
 import time
 from typing import Any
 
-from minillm.lab.processes import tree_usage
+from minillm.lab.processes import Usage, tree_usage
 from minillm.lab.protocol import Frame, Limits
 from minillm.lab.worker import LENGTHS, unframe
 
@@ -35,9 +35,12 @@ class Conversation:
         text = bytes(self.printed[:OUTPUT_BYTES]).decode("utf8", "replace")
         return text + "\n… (cut off)" if len(self.printed) > OUTPUT_BYTES else text
 
-    def until(self, nonce: int | None, limits: Limits) -> list[Frame]:
-        """All frames up to the one that says that script `nonce` ended (None: that the worker is ready)."""
-        watch = _Watch(self.process.pid, limits)
+    def until(self, nonce: int | None, limits: Limits, idle: Usage = (0, 0)) -> list[Frame]:
+        """All frames up to the one that says that script `nonce` ended (None: that the worker is ready).
+
+        idle: processes and resident bytes of the worker before the script.
+        """
+        watch = _Watch(self.process.pid, limits, idle)
         frames: list[Frame] = []
         with selectors.DefaultSelector() as selector:
             selector.register(self.stdout, selectors.EVENT_READ)
@@ -102,9 +105,9 @@ class Conversation:
 class _Watch:
     """Looks at the clock, the memory and the number of processes below one, from the moment it is made."""
 
-    def __init__(self, pid: int, limits: Limits) -> None:
+    def __init__(self, pid: int, limits: Limits, idle: Usage) -> None:
         self.pid, self.limits = pid, limits
-        self.processes, self.resident = tree_usage(pid)
+        self.processes, self.resident = idle
         self.last = self.begin = time.monotonic()
 
     def look(self) -> None:

@@ -7,9 +7,10 @@ from collections import defaultdict
 from pathlib import Path
 
 PROC = Path("/proc")
+Usage = tuple[int, int]  # number of processes, resident bytes
 
 
-def tree_usage(root: int) -> tuple[int, int]:
+def tree_usage(root: int) -> Usage:
     """Number of processes and resident bytes of `root` and everything below it. (0, 0) where there is no /proc."""
     children: dict[int, list[int]] = defaultdict(list)
     pages: dict[int, int] = {}

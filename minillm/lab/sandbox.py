@@ -22,6 +22,7 @@ from pathlib import Path
 from minillm.errors import GraderError
 from minillm.lab.conversation import Conversation, Stopped
 from minillm.lab.isolation import Launch, check_available, launch
+from minillm.lab.processes import tree_usage
 from minillm.lab.protocol import Limits, Reply, Script, reply_in, request
 
 PATIENCE = Limits(seconds=120.0, memory_bytes=1 << 40, processes=1 << 10)  # for importing PyTorch: our code, not theirs
@@ -63,7 +64,7 @@ class Sandbox:
                 self.close()
                 said = conversation.output or "nothing"
                 raise GraderError(f"The worker ({self.level}) did not start: {stop}. It said:\n{said}") from None
-            worker.ready = True
+            worker.ready, worker.idle = True, tree_usage(worker.process.pid)
         return time.monotonic() - begin
 
     def run(self, source: str, script: Script, name: str = "submission.py") -> Reply:
@@ -72,7 +73,7 @@ class Sandbox:
         worker, nonce = self.start(), next(self._nonces)
         conversation = Conversation(worker.process, request(nonce, source, name, script, nobody=worker.launch.nobody))
         try:
-            return reply_in(conversation.until(nonce, script.limits), conversation.output)
+            return reply_in(conversation.until(nonce, script.limits, worker.idle), conversation.output)
         except Stopped as stop:
             self.close()
             return Reply(status=str(stop), output=conversation.output)
@@ -88,7 +89,7 @@ class _Worker:
     """A running worker: its process, its folder, and whether it has said that it is ready."""
 
     def __init__(self, sandbox: Sandbox) -> None:
-        self.ready = False
+        self.ready, self.idle = False, (0, 0)
         self.folder = tempfile.TemporaryDirectory(prefix="minillm-lab-", ignore_cleanup_errors=True)
         self.launch: Launch = launch(sandbox.level, self.folder.name, sandbox.preload, sandbox.hide)
         self.process = subprocess.Popen(
