@@ -137,7 +137,14 @@ def _python_folders() -> list[Path]:
     places = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), str(Path(sys.executable).parent)}
     folders = sorted({Path(place).absolute() for place in places} | {Path(place).resolve() for place in places})
     folders = [folder for folder in folders if folder.is_dir() and not folder.is_relative_to("/usr")]
-    return [f for f in folders if not any(f != other and f.is_relative_to(other) for other in folders)]
+    outermost = [f for f in folders if not any(f != other and f.is_relative_to(other) for other in folders)]
+    return [part for folder in outermost for part in _readable_parts(folder)]
+
+
+def _readable_parts(folder: Path) -> list[Path]:
+    """What to bind so that nobody can read a folder: what lies in it, if the folder itself is private to its owner."""
+    private = folder.stat().st_mode & 0o005 != 0o005
+    return sorted(folder.iterdir()) if private else [folder]
 
 
 def _parents(path: Path) -> list[str]:

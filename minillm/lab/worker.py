@@ -85,7 +85,8 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     torch.set_num_threads(1)
-    _count(torch.mm, [torch.ones(1, 1)] * 2, {})  # what PyTorch imports for counting, it imports now, for all forks
+    _count(torch.mm, [torch.ones(1, 1)] * 2, {})  # what libraries import at their first use, they import now, for all
+    frame({}, {"t": torch.ones(1)})  # forks: once for counting, once for sending
     for module in sys.argv[1:]:
         __import__(module)
     gc.freeze()  # what is here now is never looked at again: a fork then copies few pages

@@ -190,6 +190,10 @@ class TestNamespace:
         if os.getuid() == 0:
             assert value(inside, "(os.getuid(), os.getgid(), os.getgroups())") == (65534, 65534, [])
 
+    def test_it_can_import_what_nobody_imported_before(self, inside: Sandbox) -> None:
+        """Also from a virtual environment in a folder that only its owner may read, as `mktemp -d` makes them."""
+        assert value(inside, "__import__('torch.utils.benchmark').__name__") == "torch"
+
     def test_nothing_survives_the_end(self, inside: Sandbox) -> None:
         """A process that leaves its session is ended with its namespace."""
         mark = f"{time.time():.6f}"
@@ -199,6 +203,15 @@ class TestNamespace:
         inside.close()
         time.sleep(0.2)
         assert mark not in everything_running()
+
+
+def test_of_a_private_folder_the_parts_are_bound(tmp_path: Path) -> None:
+    """A bound folder keeps its permissions, and nobody may not enter this one."""
+    (tmp_path / "lib").mkdir()
+    tmp_path.chmod(0o755)
+    assert isolation._readable_parts(tmp_path) == [tmp_path]
+    tmp_path.chmod(0o700)
+    assert isolation._readable_parts(tmp_path) == [tmp_path / "lib"]
 
 
 def everything_running() -> str:
