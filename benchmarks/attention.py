@@ -11,22 +11,19 @@ is checked against float32 in the same run. Everything goes into a JSON file, wi
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
-from datetime import date
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention_work import BLOCK_SIZE, COLD_BYTES, Call, Decodes, Prompt
+from recording import quartiles_of, record
 
-from minillm.measure.bench import Timing, interleaved, pair_ratio
-from minillm.measure.hardware import measure_hardware
+from minillm.measure.bench import interleaved, pair_ratio
 
 NAIVE_LIMIT = 4096  # the longest prompt whose score matrix fits into memory with ease
 CPU = {
@@ -73,10 +70,6 @@ def runnable(call: Call) -> Call | None:
         print(f"  left out: {str(refusal).splitlines()[0]}", file=sys.stderr)
         return None
     return call
-
-
-def quartiles_of(timing: Timing) -> list[float]:
-    return [timing.low, timing.median, timing.high]
 
 
 def prefill_rows(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -166,7 +159,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, values in (CPU if args.device == "cpu" else CUDA).items():
         if getattr(args, name) is None:
             setattr(args, name, values)
-    args.out = args.out or Path(__file__).parent / "results" / f"attention_{args.device}.json"
     return args
 
 
@@ -176,16 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     device = torch.device(args.device)
     torch.manual_seed(0)
-    rows = []
-    for make in (prefill_rows, decode_rows):
-        for row in make(args, device):
-            print(describe(row), flush=True)
-            rows.append(row)
-    ceilings = asdict(measure_hardware(args.device))
-    result = {"benchmark": "attention", "date": date.today().isoformat(), "repeats": args.repeats, "hardware": ceilings}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
-    print(f"Written to {args.out}")
+    record("attention", chain(prefill_rows(args, device), decode_rows(args, device)), describe, args)
 
 
 if __name__ == "__main__":

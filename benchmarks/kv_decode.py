@@ -12,25 +12,22 @@ the machine, its ceilings and the date.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from attention import quartiles_of
 from attention_work import COLD_BYTES, SHAPES, Call
+from recording import quartiles_of, record
 from torch import Tensor
 
 from minillm.attention import PagedAttention, PagedLayout, get_backend, get_quantized_backend
 from minillm.attention.quantized import Tails, quantized_attention
 from minillm.cache.formats import FORMATS, QuantizedPool
 from minillm.measure.bench import interleaved, pair_ratio
-from minillm.measure.hardware import measure_hardware
 
 BLOCK_SIZE = 32  # of int4; the others take it as well, so that only the format differs
 PLAIN, DECODED_FIRST = "plain", "int8 decoded first"
@@ -185,7 +182,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.candidates[0] != PLAIN:
         parser.error(f"the first candidate is {PLAIN!r}: all others are compared with it")
-    args.out = args.out or Path(__file__).parent / "results" / f"kv_decode_{args.device}.json"
     return args
 
 
@@ -193,15 +189,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Check and measure, print row by row, write the file."""
     args = parse(arguments)
-    device, rows = torch.device(args.device), []
-    for row in measure(args, device):
-        print(describe(row), flush=True)
-        rows.append(row)
-    ceilings = asdict(measure_hardware(args.device))
-    result = {"benchmark": "kv_decode", "date": date.today().isoformat(), "repeats": args.repeats, "hardware": ceilings}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
-    print(f"Written to {args.out}")
+    record("kv_decode", measure(args, torch.device(args.device)), describe, args)
 
 
 if __name__ == "__main__":

@@ -146,9 +146,14 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 def sample(probs: Tensor, generators: Iterable[Generator | None]) -> Tensor:
     """Draw one token per row of probs [rows, vocab]; int64 [rows]. A greedy row, all on one token, needs no generator.
 
-    One uniform number per row, from the row's own stream. No host synchronisation.
+    One uniform number per row, from the row's own stream, drawn before the next generator is asked for. If no row needs
+    one, the running sums of the vocabulary are saved, too. No host synchronisation.
     """
-    return pick(probs, torch.stack([uniform(generator, probs.device) for generator in generators]))
+    numbers = [None if generator is None else uniform(generator, probs.device) for generator in generators]
+    if all(number is None for number in numbers):
+        return probs.argmax(dim=-1)
+    zero = torch.zeros((), dtype=torch.float64, device=probs.device)
+    return pick(probs, torch.stack([zero if number is None else number for number in numbers]))
 
 
 def pick(probs: Tensor, u: Tensor) -> Tensor:
@@ -162,10 +167,8 @@ def pick(probs: Tensor, u: Tensor) -> Tensor:
     return tokens[:, 0].clamp_(max=probs.shape[-1] - 1)
 
 
-def uniform(generator: Generator | None, device: torch.device) -> Tensor:
-    """A float64 in [0, 1); 0 without a generator."""
-    if generator is None:
-        return torch.zeros((), dtype=torch.float64, device=device)
+def uniform(generator: Generator, device: torch.device) -> Tensor:
+    """A float64 in [0, 1)."""
     return torch.rand((), generator=generator, dtype=torch.float64, device=device)
 
 

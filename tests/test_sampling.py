@@ -180,7 +180,15 @@ def test_the_ends_of_the_unit_interval_pick_possible_tokens(monkeypatch: pytest.
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]] * 2)
     draws = iter([0.0, 1 - 2**-53])
     monkeypatch.setattr(sampling, "uniform", lambda generator, device: torch.tensor(next(draws), dtype=torch.float64))
-    assert sampling.sample(probs, [None, None]).tolist() == [1, 3]
+    assert sampling.sample(probs, [torch.Generator()] * 2).tolist() == [1, 3]
+
+
+def test_greedy_rows_get_their_token_with_and_without_company() -> None:
+    """A step of greedy rows alone takes a short cut; beside a row that draws, the running sums serve all."""
+    best = torch.tensor([3, 0, 4])
+    probs = torch.nn.functional.one_hot(best, 5).float()
+    assert sampling.sample(probs, [None] * 3).tolist() == best.tolist()
+    assert sampling.sample(probs, [None, torch.Generator(), None]).tolist() == best.tolist()
 
 
 def test_the_tail_of_a_large_vocabulary_is_reached() -> None:

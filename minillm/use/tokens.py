@@ -51,7 +51,7 @@ def put_sample(module: Any, llm: LLM) -> None:
     beside = Beside("ex04 sample", module.sample, ours)
 
     def draw(probs: Tensor, generators: Iterator[Generator | None]) -> Tensor:
-        fractions = [float(uniform(generator, probs.device)) for generator in generators]
+        fractions = [0.0 if generator is None else float(uniform(generator, probs.device)) for generator in generators]
         return torch.tensor([beside(row, u) for row, u in zip(probs, fractions, strict=True)])
 
     llm.engine.runner.verify = partial(llm.engine.runner.verify, draw=draw)

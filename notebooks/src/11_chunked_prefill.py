@@ -443,10 +443,10 @@ for policy in ("mixed", "prefill_first"):
     trace, _ = run_engine(policy, 48)
     takes_part = [
         any(part.request_id == "A" and part.phase == "decode" for part in record.sequences)
-        for record in trace[7:14]
+        for record in trace[6:13]
     ]
     print(
-        f"{policy:13} A gets a token in steps 7 to 13:",
+        f"{policy:13} A gets a token in steps 6 to 12:",
         *("yes" if t else "-" for t in takes_part),
     )
     print(f"{'':13} largest step: {max(record.num_tokens for record in trace)} tokens")

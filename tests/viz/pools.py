@@ -42,3 +42,14 @@ def story() -> tuple[list[PoolSnapshot], list[str]]:
             engine.step()
         shots.append(shot(engine))
     return shots, ["A and B are read", "C begins like A", "A has ended", "all have ended"]
+
+
+def forked(n: int) -> list[PoolSnapshot]:
+    """A prompt read once for n sequences, and the step after, in which all but one copy the block they share."""
+    engine = busy_engine()
+    add(engine, "A", [1, 2, 3, 4, 5, 6], 4, n=n)
+    shots = []
+    for _ in range(2):
+        engine.step()
+        shots.append(shot(engine))
+    return shots

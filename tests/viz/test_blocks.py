@@ -12,7 +12,7 @@ from matplotlib.patches import PathPatch, Rectangle
 from minillm.errors import ConfigError
 from minillm.viz import blocks as module
 from minillm.viz.blocks import INSET, block_map, owner_color, pool_strip
-from tests.viz.pools import add, busy_engine, shot, story
+from tests.viz.pools import add, busy_engine, forked, shot, story
 from tests.viz.tidy import texts_of, untidy
 
 
@@ -70,13 +70,7 @@ def test_a_strip_shows_who_holds_what_and_what_is_new() -> None:
 
 
 def test_the_title_sees_a_block_that_moves() -> None:
-    engine = busy_engine()
-    add(engine, "A", [1, 2, 3, 4, 5, 6], 4, n=2)
-    shots = []
-    for _ in range(2):
-        engine.step()
-        shots.append(shot(engine))
-    assert "some move" in pool_strip(shots, ["forked", "copied"]).texts[0].get_text(), "copy-on-write replaces a block"
+    assert "some move" in pool_strip(forked(2), ["forked", "copied"]).texts[0].get_text(), "copy-on-write replaces a block"
 
 
 def test_nothing_overlaps_whatever_happens() -> None:

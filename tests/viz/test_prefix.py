@@ -15,7 +15,7 @@ from minillm.measure.bench import Timing
 from minillm.measure.bench_prefix import PrefixRow
 from minillm.viz import prefix as module
 from minillm.viz.prefix import Tree, hit_figure, prefix_trees
-from tests.viz.pools import add, busy_engine, shot, story
+from tests.viz.pools import add, busy_engine, forked, shot, story
 from tests.viz.tidy import texts_of, untidy
 
 
@@ -71,13 +71,7 @@ def test_the_title_says_where_nothing_is_shared() -> None:
 
 
 def test_a_copy_is_bold() -> None:
-    engine = busy_engine()
-    add(engine, "A", [1, 2, 3, 4, 5, 6], 4, n=3)
-    shots = []
-    for _ in range(2):
-        engine.step()
-        shots.append(shot(engine))
-    figure = prefix_trees(shots, ["read once", "three go on"], spell)
+    figure = prefix_trees(forked(3), ["read once", "three go on"], spell)
     bold = [patch for patch in figure.axes[1].patches if patch.get_linewidth() == 1.8]
     assert len(bold) == 2, "one of the three keeps the block, two copy it"
     assert not [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 1.8]
