@@ -343,9 +343,9 @@ def sweep(who, batches, gammas):
     attach(who, engine, tokenizer, device="cpu", dtype="float32", progress=False)
     rows = []
     for batch in batches:
-        prompts = held_out[: max(3, batch)]
+        prompts = held_out[: max(2, batch)]
         rows += bench_spec(
-            engine, prompts, batch=batch, num_drafts=gammas, max_tokens=24, repeats=2
+            engine, prompts, batch=batch, num_drafts=gammas, max_tokens=16, repeats=2
         )
     return rows
 
