@@ -26,7 +26,7 @@ from recording import quartiles_of, record
 from minillm.measure.bench import interleaved, pair_ratio
 
 NAIVE_LIMIT = 4096  # the longest prompt whose score matrix fits into memory with ease
-CPU = {
+CPU: dict[str, list[Any]] = {
     "shapes": ["smollm2-135m", "qwen3-0.6b"],
     "lengths": [2048, 4096, 8192],
     "contexts": [1024],

@@ -20,6 +20,11 @@ def quartiles_of(timing: Timing) -> list[float]:
     return [timing.low, timing.median, timing.high]
 
 
+def result_file(benchmark: str, args: argparse.Namespace) -> Path:
+    """`--out`, or a file of the benchmark's and the device's name beside the recorded results."""
+    return args.out or Path(__file__).parent / "results" / f"{benchmark}_{args.device}.json"
+
+
 def record(benchmark: str, rows: Iterable[Row], describe: Callable[[Row], str], args: argparse.Namespace) -> None:
     """Print each row as it comes; write them all with the machine, its ceilings and the date."""
     kept = []
@@ -28,7 +33,7 @@ def record(benchmark: str, rows: Iterable[Row], describe: Callable[[Row], str], 
         kept.append(row)
     hardware = asdict(measure_hardware(args.device))
     about = {"benchmark": benchmark, "date": date.today().isoformat(), "repeats": args.repeats, "hardware": hardware}
-    out = args.out or Path(__file__).parent / "results" / f"{benchmark}_{args.device}.json"
+    out = result_file(benchmark, args)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(about | {"rows": kept}, indent=1) + "\n")
     print(f"Written to {out}")

@@ -172,7 +172,7 @@ print("the same tokens as our loop:", answer.outputs[0].token_ids == tokens)
 """
 ## Measure: what does a longer prompt change?
 
-Prompts of 16 to 1024 tokens (random ones: the time does not depend on what they say), 8 new tokens each. The best of three runs counts, for other
+Prompts of 16 to 1024 tokens (random ones: the time does not depend on what they say), 9 new tokens each. The best of three runs counts, for other
 programs only ever add time.
 """
 

@@ -428,7 +428,7 @@ print(f"counted {quantity(count.total.bytes.kv_read, 'B')}, formula {quantity(ri
 * **gpt-fast**, `generate.py`: prints the bandwidth that decoding achieved, weight bytes times tokens per second.
 * **vLLM**, `vllm/v1/core/sched/scheduler.py`: a budget of tokens per step, the rows of this lesson, is what its scheduler hands out.
 * **SGLang**, `python/sglang/bench_one_batch.py`: times prefill and decode of one static batch, without a scheduler.
-* **minillm**, `minillm/measure/formulas.py` and `roof.py`: the closed forms of this lesson; `minillm roofline` draws the figure in a terminal.
+* **minillm**, `minillm/measure/formulas.py` and `roof.py`: the closed forms of this lesson; `minillm roofline` draws the figure without a notebook.
 
 ## Three questions
 

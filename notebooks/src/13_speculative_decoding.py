@@ -323,8 +323,8 @@ guess.against(alone)
 """
 For one sequence the step waits for weights, and more rows ride along. For sixteen it already works on sixteen rows;
 times five is eighty, and now the arithmetic is what it waits for. **Speculation spends arithmetic that would lie idle. A
-batch spends it, too.** Where the points lie above the lines, something else than the two ceilings takes its time:
-starting operators, and products with few rows that do not run at full rate.
+batch spends it, too.** Points need not lie on the lines, because neither step runs at its bound. Below them the plain step loses
+more: it starts as many operators for fewer rows. Above them the check does.
 
 ## How far do guesses carry?
 
@@ -343,9 +343,9 @@ def sweep(who, batches, gammas):
     attach(who, engine, tokenizer, device="cpu", dtype="float32", progress=False)
     rows = []
     for batch in batches:
-        prompts = held_out[: max(2, batch)]
+        prompts = held_out[: max(3, batch)]
         rows += bench_spec(
-            engine, prompts, batch=batch, num_drafts=gammas, max_tokens=16, repeats=2
+            engine, prompts, batch=batch, num_drafts=gammas, max_tokens=24, repeats=1
         )
     return rows
 

@@ -151,7 +151,8 @@ print("the same as each alone:", {name: alone[name] == runs[20][1][name] for nam
 """
 ## One load at a glance
 
-The roof of this machine (lesson 05), measured now, and then all that was recorded of the small engine in one picture.
+The roof of this machine (lesson 05), measured now for a model as small as ours: a processor reads what fits into its caches faster than its
+memory. And then all that was recorded of the small engine in one picture.
 """
 
 # %%

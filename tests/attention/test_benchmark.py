@@ -22,15 +22,16 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script as a module, with the machine's ceilings and the fresh processes left out."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import attention
+    import recording
 
     from minillm.measure.hardware import Hardware
     from minillm.measure.machine import describe_machine
 
     known = Hardware(describe_machine(torch.device("cpu")), 1.0, 1.0, {"float32": 1.0}, 1.0, "2000-01-01")
-    monkeypatch.setattr(attention, "measure_hardware", lambda device: known)
+    monkeypatch.setattr(recording, "measure_hardware", lambda device: known)
     monkeypatch.setattr(attention, "peak_bytes", lambda name, shape, n, dtype, device: n)
     yield attention
-    for name in ("attention", "attention_work"):
+    for name in ("attention", "attention_work", "recording"):
         sys.modules.pop(name)
 
 
@@ -83,14 +84,14 @@ def peak(code: str) -> int:
 def test_defaults_of_a_gpu(benchmark: ModuleType) -> None:
     args = benchmark.parse(["--device", "cuda"])
     assert args.lengths[0] == 512 and args.lengths[-1] == 32768 and args.contexts[-1] == 131072
-    assert args.prefill == ["triton", "flash", "cudnn", "naive"] and args.out.name == "attention_cuda.json"
+    assert args.prefill == ["triton", "flash", "cudnn", "naive"] and args.out is None
+    assert sys.modules["recording"].result_file("attention", args).name == "attention_cuda.json"
 
 
 def test_decodes_of_quantised_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, benchmark: ModuleType) -> None:
     """Every candidate is right, and the file says how many bits it read."""
     import kv_decode
 
-    monkeypatch.setattr(kv_decode, "measure_hardware", benchmark.measure_hardware)
     sizes = ["--contexts=64", "--shapes=smollm2-135m", "--batches=2", "--cold-bytes=1", "--repeats=2"]
     kv_decode.main(["--device=cpu", *sizes, "--out", str(tmp_path / "out.json")])
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]

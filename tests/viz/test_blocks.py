@@ -70,7 +70,8 @@ def test_a_strip_shows_who_holds_what_and_what_is_new() -> None:
 
 
 def test_the_title_sees_a_block_that_moves() -> None:
-    assert "some move" in pool_strip(forked(2), ["forked", "copied"]).texts[0].get_text(), "copy-on-write replaces a block"
+    strip = pool_strip(forked(2), ["forked", "copied"])
+    assert "some move" in strip.texts[0].get_text(), "copy-on-write replaces a block"
 
 
 def test_nothing_overlaps_whatever_happens() -> None:
