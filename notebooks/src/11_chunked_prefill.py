@@ -257,7 +257,7 @@ A service promises limits: a first token within some time, and a mean time per t
 
 # %%
 workload = {
-    "num_prompts": 24,
+    "num_prompts": 16,
     "input_len": 256,
     "range_ratio": 0.5,
     "output_len": 12,

@@ -287,7 +287,7 @@ measured, predicted = {}, {}
 for batch in (1, 16):
     steps = {count: verify_step(128, drafts=count, batch=batch) for count in numbers}
     runs = {str(count): StepRunner(bench.timed, step) for count, step in steps.items()}
-    best = [timing.best for timing in interleaved(runs, repeats=3).values()]
+    best = [timing.best for timing in interleaved(runs, repeats=2).values()]
     shape, width = bench.timed.config, bench.timed.dtype.itemsize
     bound = [step_seconds(shape, step, width, bench.roof) for step in steps.values()]
     measured[batch] = [one / best[0] for one in best]
@@ -343,7 +343,7 @@ def sweep(who, batches, gammas):
     attach(who, engine, tokenizer, device="cpu", dtype="float32", progress=False)
     rows = []
     for batch in batches:
-        prompts = held_out[: max(3, batch)]
+        prompts = held_out[: max(2, batch)]
         rows += bench_spec(
             engine, prompts, batch=batch, num_drafts=gammas, max_tokens=24, repeats=1
         )
@@ -421,7 +421,7 @@ for who in ("ngram", "draft"):
         )
         engine = Engine(model, settings)
         attach(who, engine, tokenizer, device="cpu", dtype="float32", progress=False)
-        for one in held_out[:3]:
+        for one in held_out[:2]:
             list(rounds(engine, one, GREEDY))
         stats = SpecDecodingStats.of(engine.trace)
         vain = stats.num_draft_tokens - stats.num_accepted_tokens
@@ -455,7 +455,7 @@ def fork(text):
 
 for guesser in (chain, fork):
     checks, brought, same = 0, 0, True
-    for start in held_out[:3]:
+    for start in held_out[:2]:
         text, (_, cache) = list(start[:64]), prefill(model, start[:63])
         while len(text) < 64 + 32:
             text += verify_tree(model, text, guesser(text[-48:]), cache, GREEDY)
