@@ -55,7 +55,7 @@ def show_next() -> None:
     )
     for number, task in enumerate(exercise.tasks, start=1):
         points = sum(check.points for check in exercise.checks if check.task == task.name)
-        out.print(f"  {number}. {task.title} ({points} points)")
+        out.print(f"  {number}. {task.title} ({points} point{'s' * (points != 1)})")
     out.print(f"Open   {_shown(exercise.stub)}", soft_wrap=True)
     out.print(f"Run    minillm lab test {exercise.id}   or minillm lab watch {exercise.id}, which runs when you save")
     out.print(f"Stuck? minillm lab hint {exercise.id}")

@@ -78,8 +78,9 @@ class Result:
 
     @property
     def first_failure(self) -> CheckResult | None:
-        """The check that a learner should look at first."""
-        return next((check for check in self.checks if not check.passed), None)
+        """The check that a learner should look at first: what is written and wrong goes before what is not written."""
+        failed = [check for check in self.checks if not check.passed]
+        return min(failed, key=lambda check: check.status == "todo", default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

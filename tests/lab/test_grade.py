@@ -39,6 +39,12 @@ def test_the_stub_gets_none_and_is_told_what_to_write(grader: Grader, course: Co
     assert result.first_failure.told() == ["Next: double is yours to write."]
 
 
+def test_what_is_wrong_is_told_before_what_is_not_written(grader: Grader, course: Course) -> None:
+    source = SOLUTION.replace("return 2 * x", 'raise NotImplementedError("later")').replace("x // 2", "x // 3")
+    result = grader.grade(course.exercise("ex01"), source.encode())
+    assert result.checks[0].status == "todo" and result.first_failure.task == "halve"
+
+
 def test_a_mistake_is_called_by_its_name_however_it_is_written(grader: Grader, course: Course) -> None:
     result = grade(grader, course, "return 2 * x", "y = 4 * x\n    return y - x")
     wrong = result.checks[0]
