@@ -79,8 +79,9 @@ def dishonest(course: Course, folder: Path, *, seed: int | None = None, jobs: in
     for path in sorted(folder.glob("*.py")):
         exercise, level = claim(course, path)
         cheats[level].append((exercise, path))
+    pieces = [(level, files[first::jobs]) for level, files in cheats.items() for first in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
-        for findings in pool.map(lambda level: list(_handed_in(level, cheats[level], seed)), cheats):
+        for findings in pool.map(lambda piece: list(_handed_in(piece[0], piece[1], seed)), pieces):
             yield from findings
 
 
