@@ -200,7 +200,7 @@ def submit(to: Annotated[Path, typer.Option(help="Where to write the zip.")] = P
     from minillm.lab.release import pack
 
     names = pack(_course(), to)
-    out.print(Text(f"{to.resolve()} holds {len(names)} exercises: {', '.join(names)}."), soft_wrap=True)
+    out.print(Text(f"{to.resolve()} holds {', '.join(names)}."), soft_wrap=True)
 
 
 def _course() -> Course:
