@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from attention_work import BLOCK_SIZE, COLD_BYTES, Call, Decodes, Prompt
-from recording import quartiles_of, record
+from recording import record
 
-from minillm.measure.bench import interleaved, pair_ratio
+from minillm.measure.bench import interleaved, pair_ratio, quartiles
 
 NAIVE_LIMIT = 4096  # the longest prompt whose score matrix fits into memory with ease
 CPU: dict[str, list[Any]] = {
@@ -55,7 +55,7 @@ def measure(names: list[str], work: Prompt | Decodes, repeats: int, device: torc
     return {
         name: {
             "max_error": errors[name],
-            "seconds": quartiles_of(timing),
+            "seconds": quartiles(timing.times),
             f"times_as_long_as_{first}": pair_ratio(timing, timings[first]),
         }
         for name, timing in timings.items()

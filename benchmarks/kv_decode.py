@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from attention_work import COLD_BYTES, SHAPES, Call
-from recording import quartiles_of, record
+from recording import record
 from torch import Tensor
 
 from minillm.attention import PagedAttention, PagedLayout, get_backend, get_quantized_backend
 from minillm.attention.quantized import Tails, quantized_attention
 from minillm.cache.formats import FORMATS, QuantizedPool
-from minillm.measure.bench import interleaved, pair_ratio
+from minillm.measure.bench import interleaved, pair_ratio, quartiles
 
 BLOCK_SIZE = 32  # of int4; the others take it as well, so that only the format differs
 PLAIN, DECODED_FIRST = "plain", "int8 decoded first"
@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
                 "bytes": work.bytes,
                 "layers": len(work.layers),
                 "max_error": errors[name],
-                "seconds": quartiles_of(per_layer[name]),
+                "seconds": quartiles(per_layer[name].times),
                 "byte_per_s": work.bytes / per_layer[name].median,
                 "speedup": pair_ratio(plain, per_layer[name]),
             }

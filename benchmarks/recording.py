@@ -10,14 +10,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from minillm.measure.bench import Timing
 from minillm.measure.hardware import measure_hardware
 
 Row = dict[str, Any]
-
-
-def quartiles_of(timing: Timing) -> list[float]:
-    return [timing.low, timing.median, timing.high]
 
 
 def result_file(benchmark: str, args: argparse.Namespace) -> Path:
