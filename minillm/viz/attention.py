@@ -27,7 +27,7 @@ SQRT = PowerNorm(0.5, 0, 1)  # small weights are the rule: their square root can
 CELL, GAP = 0.42, 0.32  # inches: the largest cell of a strip, and the air between two of its panels
 HIDDEN: Any = {"facecolor": "#f2f3f5", "edgecolor": EDGE, "hatch": "////", "linewidth": 0.8}
 ARROWS = ("", "→", "→", "×", "=")  # before each panel of the strip
-ROW = 0.145  # inches per token of a labelled map
+ROW, NAMED = 0.145, 1.0  # inches per token of a labelled map, and of the smallest one beside which its names fit
 BESTS, LIST = 4, 2.5  # keys that are listed beside a head, and inches for the list
 
 
@@ -143,7 +143,7 @@ def head_map(weights: Tensor, tokens: Sequence[str], name: str) -> Figure:
     """
     labels = [style.token_label(token) for token in tokens]
     label = (style.text_width("\n".join(labels)) + 8) / 72
-    left, top, size = style.MARGIN + label + 0.2, 0.55, ROW * len(labels)
+    left, top, size = style.MARGIN + label + 0.2, 0.55, max(ROW * len(labels), NAMED)
     figure = style.new_figure(top + max(size, 2.2) + label + 0.35)
     style.add_title(figure, _name_favourite(weights, tokens, labels, name))
     axes = style.add_axes(figure, left=left, top=top, width=size, height=size)

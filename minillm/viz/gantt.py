@@ -173,9 +173,9 @@ def budget_figure(runs: Mapping[str, Sequence[StepRecord]], budgets: Sequence[in
 
 def _draw_budget(axes: Axes, budget: int) -> None:
     axes.axhline(budget, color=style.INK, lw=0.8, ls="--")
-    place, offset = (axes.get_xlim()[1], budget), (-2, -3)
+    place, offset = (axes.get_xlim()[1], budget), (-2, 2)
     words = f"budget {budget}"
-    axes.annotate(words, place, offset, textcoords="offset points", ha="right", va="top", size=style.SMALL)
+    axes.annotate(words, place, offset, textcoords="offset points", ha="right", va="bottom", size=style.SMALL)
 
 
 def _budget_title(runs: Mapping[str, Sequence[StepRecord]]) -> str:

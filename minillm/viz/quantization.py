@@ -112,14 +112,11 @@ def _draw_levels(axes: Axes, keys: Tensor, owner: str, near: range, token: int) 
 
 def _draw_errors(axes: Axes, errors: dict[str, Tensor]) -> None:
     """The rounding error in each channel, over all tokens: a line for each owner, with its name at the end."""
-    lower = min(errors, key=lambda owner: float(errors[owner][-1]))
     for owner, error in errors.items():
         axes.plot(error.numpy(), LINES[owner], color=style.INK, lw=1.3, drawstyle="steps-mid")
-        align, lift = ("top", -1) if owner == lower else ("bottom", 1)
-        end = len(error) - 1, float(error[-1])
-        look: dict[str, Any] = {"textcoords": "offset points", "va": align, "size": style.SMALL}
-        axes.annotate(f"range for\neach {owner}", end, (6, lift), **look)
     axes.set_title("rounding error in each channel, root mean square over the tokens", **WORDS)
     axes.set(xlabel="channel of the key", ylabel="error", xlim=(-0.5, len(error) - 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, None)
+    for owner, height in zip(errors, style.apart(axes, [float(error[-1]) for error in errors.values()]), strict=True):
+        axes.text(1.01, height, f"range per {owner}", transform=axes.transAxes, va="center", size=style.SMALL)

@@ -42,7 +42,8 @@ def recompute_triangle(runs: Mapping[str, Passes], texts: Sequence[str]) -> Figu
     width = (style.WIDTH - 2 * style.MARGIN - 0.35 - GAP * (len(runs) - 1)) / len(runs)
     cell = min(LARGEST, width / len(texts))
     height = cell * max(map(len, runs.values()))
-    figure = style.new_figure(1.05 + height + style.text_width("\n".join(labels)) / 72 + 0.2)
+    below = max(style.text_width("\n".join(labels)) / 72 + 0.3, 0.7 - height / 2)  # labels; half of the axis' name
+    figure = style.new_figure(0.95 + height + below)
     style.add_title(figure, _title(kinds))
     for place, (name, rows) in enumerate(kinds.items()):
         left = style.MARGIN + 0.35 + place * (width + GAP)

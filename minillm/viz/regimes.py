@@ -52,6 +52,9 @@ def ledger_growth(contexts: Sequence[int], counted: Sequence[Bytes], predicted: 
         share = 100 * moved._replace(activations=0).kv_share
         text = f"KV {share:.0f} %" if share >= 1 else f"KV {share:.1f} %"
         axes.annotate(text, (place, sum(bars)), (0, 4), textcoords="offset points", ha="center", size=style.SMALL)
+    axes.set_ylim(
+        0, 1.12 * max(*map(sum, heights), *(p.total for p in predicted))
+    )  # room for the share above the highest bar
     axes.set_xticks(places, [f"{context:,}" for context in contexts])
     axes.set_xlabel("context, tokens", loc="right")
     axes.yaxis.set_major_formatter(EngFormatter("B"))
@@ -64,6 +67,8 @@ def _ledger_title(contexts: Sequence[int], counted: Sequence[Bytes]) -> str:
     """What most of the bytes are at the shortest context, and where that changes."""
     first = counted[0]._replace(activations=0).kv_share
     most = next((c for c, b in zip(contexts, counted, strict=True) if b.kv_read > b.weights), None)
+    if most == contexts[0]:
+        return f"At {most:,} tokens already a step reads mostly KV cache: {100 * first:.0f} %"
     start = f"At {contexts[0]:,} tokens a step reads weights, and {100 * first:.0f} % KV cache"
     return f"{start}; at {most:,} mostly cache" if most else start
 
