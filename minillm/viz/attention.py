@@ -164,8 +164,8 @@ def _name_favourite(weights: Tensor, tokens: Sequence[str], labels: Sequence[str
     """What the last token looks at most, and whether that is what a copying head looks for."""
     last, best = len(tokens) - 1, int(weights[-1].argmax())
     copies = (last, best) in _followers(tokens)
-    how = "it looks at what came next last time" if copies else "it looks at"
-    return f"{name}: after “{labels[-1]}” {how}: “{labels[best]}”"
+    what = "looks at what followed it last time:" if copies else "looks at"
+    return f"{name}: “{labels[-1]}” {what} “{labels[best]}”"
 
 
 def _followers(tokens: Sequence[str]) -> list[tuple[int, int]]:
