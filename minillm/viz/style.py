@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -43,6 +45,12 @@ WIDTH, MARGIN = 8.2, 0.3  # inches: 900 pixels at 110 dpi, and the air left and 
 SMALL, NORMAL = 8, 9  # points
 LONGEST = 14  # characters of a token's text
 SIGNS = str.maketrans({"\n": "⏎", "\t": "⇥", " ": "␣"})
+
+LOG_TICKS: Sequence[tuple[float, float, Sequence[float]]] = (  # below so many decades, powers of a base times these
+    (1, 10, (1, 1.5, 2, 3, 5, 7)),
+    (4, 10, (1, 2, 5)),
+    *((math.inf, base, (1,)) for base in (10, 100, 1000)),
+)
 
 _SHEET: Any = {  # names of rcParams; their type differs between versions of matplotlib
     "figure.dpi": 110,
@@ -109,10 +117,24 @@ def bare(axes: Axes, *, keep: str = "") -> None:
 def plain_log(axis: Axis) -> None:
     """Plain numbers on a logarithmic axis, as many as there is room for."""
     low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 4 else (1,)))
+    for most_decades, base, subs in LOG_TICKS:
+        axis.set_major_locator(LogLocator(base, subs, numticks=100))  # all of them
+        ticks = [float(tick) for tick in axis.get_majorticklocs() if low <= tick <= high]
+        if math.log10(high / low) < most_decades and _fit(axis, ticks):
+            break
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
+
+
+def _fit(axis: Axis, ticks: Sequence[float]) -> bool:
+    """Whether the numbers at these ticks of a logarithmic axis keep apart."""
+    axes, across = axis.axes, axis is axis.axes.xaxis
+    places = axes.transData.transform(np.column_stack([ticks, ticks]))[:, 0 if across else 1] * 72 / axes.figure.dpi
+    sizes = [(text_width(f"{tick:g}") if across else SMALL) + 4 for tick in ticks]
+    return all(
+        after - before > (size + other) / 2
+        for (before, size), (after, other) in pairwise(zip(places, sizes, strict=True))
+    )
 
 
 def apart(axes: Axes, levels: Sequence[float], size: float = SMALL) -> list[float]:

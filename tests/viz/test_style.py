@@ -1,0 +1,44 @@
+"""What every figure shares: numbers on logarithmic axes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from matplotlib.axes import Axes
+
+from minillm.viz import style
+from tests.viz.tidy import untidy
+
+
+def log_axes(way: str, inches: float, low: float, high: float) -> Axes:
+    """Axes of a length, on which numbers from `low` to `high` go across or up."""
+    figure = style.new_figure(6, 8)
+    width, height = (inches, 3) if way == "x" else (3, inches)
+    axes = style.add_axes(figure, left=1.5, top=1, width=width, height=height)
+    style.bare(axes, keep="bottom" if way == "x" else "left")
+    axes.set(**{f"{way}scale": "log", f"{way}lim": (low, high)})  # type: ignore[arg-type]
+    style.plain_log(axes.xaxis if way == "x" else axes.yaxis)
+    return axes
+
+
+@pytest.mark.parametrize("way", ["x", "y"])
+@style.SHEET
+def test_numbers_on_a_logarithmic_axis_keep_apart(way: str) -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    for case in range(20):
+        low = 10 ** rng.uniform(-4, 3)
+        axes = log_axes(way, rng.uniform(0.7, 4), low, low * 10 ** rng.uniform(0.2, 5))
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        assert untidy(figure) == [], f"{seed=}, {case=}"
+
+
+@style.SHEET
+def test_where_there_is_room_there_are_more_of_them() -> None:
+    shown = [log_axes("x", inches, 1, 1000).get_xticks() for inches in (4, 1)]
+    assert [[tick for tick in ticks if 1 <= tick <= 1000] for ticks in shown] == [
+        [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000],
+        [1, 10, 100, 1000],
+    ]
