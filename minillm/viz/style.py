@@ -138,15 +138,18 @@ def _fit(axis: Axis, ticks: Sequence[float]) -> bool:
 
 
 def apart(axes: Axes, levels: Sequence[float], size: float = SMALL) -> list[float]:
-    """Heights (0 to 1) for words beside these levels of the y axis, moved up where two would meet."""
+    """Heights (0 to 1) for words beside these levels of the y axis: up where two would meet, down below the top."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     step = (size + 4) / (72 * figure.get_figheight() * axes.get_position().height)
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = [float(to_axes.transform((axes.get_xlim()[1], level))[1]) for level in levels]
-    taken = -1.0
-    for index in sorted(range(len(levels)), key=heights.__getitem__):
+    order, taken, free = sorted(range(len(levels)), key=heights.__getitem__), -1.0, 1 - step / 2
+    for index in order:
         taken = heights[index] = max(heights[index], taken + step)
+    for index in reversed(order):
+        heights[index] = min(heights[index], free)
+        free = heights[index] - step
     return heights
 
 

@@ -42,3 +42,13 @@ def test_where_there_is_room_there_are_more_of_them() -> None:
         [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000],
         [1, 10, 100, 1000],
     ]
+
+
+@style.SHEET
+def test_words_beside_lines_keep_apart_and_below_the_top() -> None:
+    axes = style.add_axes(style.new_figure(4), left=1, top=1, width=4, height=2)
+    axes.set_ylim(0, 10)
+    step = (style.SMALL + 4) / 72 / 2  # of a height of two inches
+    assert style.apart(axes, [2, 8]) == pytest.approx([0.2, 0.8]), "who meets nobody stays"
+    assert style.apart(axes, [2, 2.1, 5]) == pytest.approx([0.2, 0.2 + step, 0.5])
+    assert style.apart(axes, [10, 0, 9.9]) == pytest.approx([1 - step / 2, 0, 1 - 1.5 * step])
