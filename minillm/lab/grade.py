@@ -64,6 +64,11 @@ class Grader:
         self._diagnosis.close()
         self.next_person()
 
+    def reseed(self, seed: int) -> None:
+        """Draw the inputs of what is graded next from another seed. The workers stay."""
+        self._diagnosis.close()
+        self.seed, self._diagnosis = seed, Diagnosis(seed)
+
     def next_person(self) -> None:
         """End the workers: what is graded next meets new ones."""
         while self._open:

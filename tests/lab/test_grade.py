@@ -12,7 +12,7 @@ from minillm.lab.compare import difference
 from minillm.lab.exercises import Course, find_course
 from minillm.lab.grade import Grader
 from minillm.lab.protocol import Foreign, Reply
-from minillm.lab.selfcheck import check_course, check_exercise
+from minillm.lab.selfcheck import DRAWS, check_course, check_exercise
 from tests.lab.conftest import SOLUTION
 
 
@@ -130,6 +130,20 @@ def test_a_bad_exercise_is_found(course: Course, file: str, old: str, new: str, 
         (course.root / "tests/exercises/ex01/mutants.py").write_text("MUTANTS = ()")
     bad = [finding for finding in check_exercise(Course(course.root).exercise("ex01"), 1) if not finding.ok]
     assert kind in {finding.kind for finding in bad}
+
+
+def test_a_check_that_is_unfair_on_some_draws_is_found(course: Course) -> None:
+    path = course.root / "tests/exercises/ex01/checks.py"
+    path.write_text(path.read_text().replace("(x), 2 * x", "(x), (2 + (case.integer(0, 2) == 0)) * x"))
+    unfair = Course(course.root).exercise("ex01")
+    with Grader(diagnoses=0) as grader:
+        passed = set()
+        for seed in range(DRAWS):
+            grader.reseed(seed)
+            passed.add(grader.grade(unfair, unfair.solution.read_bytes()).passed)
+    assert passed == {True, False}
+    (bad,) = [finding for finding in check_exercise(unfair, seed=0) if finding.kind == "solution"]
+    assert not bad.ok and "seed" in bad.detail
 
 
 def test_a_mutant_that_drifted_is_an_error(course: Course) -> None:

@@ -176,13 +176,13 @@ def any_attention_will_do(case: Case) -> None:
 def blocks_for_new_tokens(case: Case) -> None:
     """Every sequence gets the blocks that it lacks, no more"""
     lengths, computed, tables = some_sequences(case)
-    held = [table[: -(-done // BLOCK_SIZE)] for table, done in zip(tables, computed, strict=True)]
+    pool = case.given.Stack(30)  # of blocks 1 to 29; what is held already has other numbers
+    held = [[30 + b for b in table[: -(-done // BLOCK_SIZE)]] for table, done in zip(tables, computed, strict=True)]
     counts = [length - done for length, done in zip(lengths, computed, strict=True)]
     running = [
         case.given.Sequence([1] * length, length, 4, num_computed=done, block_table=list(table))
         for length, done, table in zip(lengths, computed, held, strict=True)
     ]
-    pool = case.given.Stack(30)
     got = case.learner.reserve(running, counts, pool, BLOCK_SIZE)
     case.expect(got, [], "there are blocks for all")
     for sequence, length, table in zip(running, lengths, held, strict=True):
