@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from minillm.lab.checks import Case, check
 from minillm.lab.exercises import Exercise, Task
 
@@ -135,8 +137,9 @@ def then_decodes(case: Case) -> None:
 @check("schedule", points=3)
 def decodes_first(case: Case) -> None:
     """Decodes first, chunks fill what is left"""
-    for budget in (2, case.integer(6, 9), 14):
-        running = [case.integer(2, 9), 1, case.integer(2, 9), 1, 1]
+    short, long = case.integer(2, 4), case.integer(5, 9)
+    for (older, younger), budget in product(((long, short), (short, long)), (2, case.integer(6, 9), 14)):
+        running = [older, 1, younger, 1, 1]
         got = case.learner.schedule(running, [], budget, 8)
         case.expect(got, mixed(running, [], budget, 8), "one token for each decode, then the oldest who is behind")
 
