@@ -52,9 +52,8 @@ def ledger_growth(contexts: Sequence[int], counted: Sequence[Bytes], predicted: 
         share = 100 * moved._replace(activations=0).kv_share
         text = f"KV {share:.0f} %" if share >= 1 else f"KV {share:.1f} %"
         axes.annotate(text, (place, sum(bars)), (0, 4), textcoords="offset points", ha="center", size=style.SMALL)
-    axes.set_ylim(
-        0, 1.12 * max(*map(sum, heights), *(p.total for p in predicted))
-    )  # room for the share above the highest bar
+    highest = max(*map(sum, heights), *(p.total for p in predicted))
+    axes.set_ylim(0, 1.12 * highest)  # room for the share above its bar
     axes.set_xticks(places, [f"{context:,}" for context in contexts])
     axes.set_xlabel("context, tokens", loc="right")
     axes.yaxis.set_major_formatter(EngFormatter("B"))

@@ -88,6 +88,11 @@ def test_a_head_that_copies_is_told_from_one_that_does_not() -> None:
     assert "Layer 1, head 0: “*” looks at “x”" in words(head_map(weights, tokens, "Layer 1, head 0"))
 
 
+def test_two_long_tokens_fit() -> None:
+    weights, long = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.1, 0.8, 0.1]]), "self.assertEqual"
+    assert untidy(head_map(weights, [long] * 3, "Layer 27, head 13")) == []
+
+
 def test_nothing_overlaps_whatever_is_drawn() -> None:
     seed = random.randrange(2**32)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)

@@ -64,6 +64,10 @@ def test_the_title_says_what_the_errors_say() -> None:
     assert "No channel is loud" in title(level_figure(loud_keys(loudness=1.0)))
 
 
+def test_nothing_overlaps_where_there_is_no_error() -> None:
+    assert untidy(level_figure(torch.zeros(39, 106), token=22)) == []
+
+
 def test_nothing_overlaps_whatever_the_keys() -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)

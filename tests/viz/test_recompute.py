@@ -82,6 +82,10 @@ def test_new_columns_are_marked_in_the_colour_of_their_phase() -> None:
         assert ("Prefill writes 4 columns" if step == 0 else f"the {start} before it stay") in words(figure)
 
 
+def test_one_pass_has_room_for_the_name_of_its_axis() -> None:
+    assert untidy(recompute_triangle({"KV cache": [[*range(30)]]}, ["x"] * 30)) == []
+
+
 def test_nothing_overlaps_whatever_was_recorded() -> None:
     seed = random.randrange(2**32)
     rng = random.Random(seed)

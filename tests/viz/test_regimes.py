@@ -47,6 +47,13 @@ def test_the_title_does_not_claim_what_did_not_happen() -> None:
     assert "mostly" not in words(ledger_growth(contexts, counted(contexts), counted(contexts), "a model"))
 
 
+def test_a_cache_that_is_most_of_it_from_the_start_is_said_to_be() -> None:
+    contexts = [751_662, 765_114]  # bars of one height, both below the keys of the parts
+    figure = ledger_growth(contexts, counted(contexts), counted(contexts), "a model")
+    assert "At 751,662 tokens already a step reads mostly KV cache: 87 %" in words(figure)
+    assert untidy(figure) == []
+
+
 def test_the_map_is_filled_with_the_regimes_of_the_site() -> None:
     figure = regime_map([SITE], BATCHES, CONTEXTS)
     regimes = SITE.regimes(BATCHES, CONTEXTS)

@@ -1,4 +1,4 @@
-"""What every figure shares: numbers on logarithmic axes."""
+"""What every figure shares: numbers on logarithmic axes, and words beside lines, that do not meet."""
 
 from __future__ import annotations
 
