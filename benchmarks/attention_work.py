@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from minillm.attention import PagedAttention, PagedLayout, get_backend
-from minillm.attention.naive import naive_attention
+from minillm.attention import AttentionMetadata, PagedAttention, get_backend
+from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 
 BLOCK_SIZE = 16
@@ -53,7 +53,7 @@ class Prompt:
         if name == "triton":
             n, device = len(self.q), self.q.device
             pools = [x.unflatten(1, (-1, BLOCK_SIZE)) for x in (self.k, self.v)]
-            layout = PagedLayout.build([range(n // BLOCK_SIZE)], [n], [n], block_size=BLOCK_SIZE, device=device)
+            layout = AttentionMetadata.build([range(n // BLOCK_SIZE)], [n], [n], block_size=BLOCK_SIZE, device=device)
             return partial(get_backend("triton", device), self.q, *pools, layout, scale=scale)
         return partial(self._sdpa, {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}.get(name))
 
@@ -79,7 +79,7 @@ class Decodes:
 
     q: Tensor  # [batch, heads, d]
     layers: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # k, v, k_pool, v_pool
-    layout: PagedLayout
+    layout: AttentionMetadata
 
     @classmethod
     def random(
@@ -102,7 +102,7 @@ class Decodes:
             rows = pools.index_select(2, order).view(2, kv_heads, batch, context, d).transpose(1, 2).contiguous()
             layers.append((*rows, *pools))
         tables = order.view(batch, count).tolist()
-        layout = PagedLayout.build(tables, [1] * batch, [context] * batch, block_size=BLOCK_SIZE, device=device)
+        layout = AttentionMetadata.build(tables, [1] * batch, [context] * batch, block_size=BLOCK_SIZE, device=device)
         return cls(torch.randn(batch, heads, d, dtype=dtype, device=device), layers, layout)
 
     @property

@@ -24,10 +24,10 @@ from attention_work import COLD_BYTES, SHAPES, Call
 from recording import record
 from torch import Tensor
 
-from minillm.attention import PagedAttention, PagedLayout, get_backend, get_quantized_backend
-from minillm.attention.quantized import Tails, quantized_attention
-from minillm.cache.formats import FORMATS, QuantizedPool
+from minillm.attention import AttentionMetadata, PagedAttention, get_backend, get_quantized_backend
 from minillm.measure.bench import interleaved, pair_ratio, quartiles
+from minillm.quantization.attention import Tails, quantized_attention
+from minillm.quantization.formats import FORMATS, QuantizedPool
 
 BLOCK_SIZE = 32  # of int4; the others take it as well, so that only the format differs
 PLAIN, DECODED_FIRST = "plain", "int8 decoded first"
@@ -49,7 +49,7 @@ class KvDecodes:
     name: str  # a candidate
     q: Tensor  # [batch, heads, d]
     layers: list[tuple[Any, Any]]
-    layout: PagedLayout
+    layout: AttentionMetadata
     tails: Tails | None
 
     @classmethod
@@ -66,7 +66,7 @@ class KvDecodes:
         layer = _stored(name, keys, values)
         num_layers = max(1, cold_bytes // sum(map(_nbytes, layer)))
         tables = torch.randperm(batch * count).view(batch, count).tolist()
-        build = partial(PagedLayout.build, block_size=BLOCK_SIZE, device=device)
+        build = partial(AttentionMetadata.build, block_size=BLOCK_SIZE, device=device)
         layout = build(tables, [1] * batch, [context] * batch)
         tails = None
         if name in FORMATS and FORMATS[name].needs_tails:
@@ -125,7 +125,7 @@ def _nbytes(pool: Any) -> int:
 
 
 def _decoded_first(
-    backend: PagedAttention, q: Tensor, keys: Any, values: Any, layout: PagedLayout, **options: Any
+    backend: PagedAttention, q: Tensor, keys: Any, values: Any, layout: AttentionMetadata, **options: Any
 ) -> Tensor:
     """What formats must not be: every block decoded, whatever is read of it."""
     everything = torch.arange(keys.tensors[0].shape[1])

@@ -217,7 +217,7 @@ class EngineConfig:
     """How an engine serves: sizes, scheduling policy, and a switch for each optimisation.
 
     kv_format: how keys and values are stored: "auto" in the model's dtype, or "fp8", "int8", "int4" (see
-    `minillm.cache.formats`). block_size: tokens per block of KV cache; None takes what suits the format. num_blocks:
+    `minillm.quantization.formats`). block_size: tokens per block of KV cache; None takes what suits the format. num_blocks:
     blocks of the cache, the dummy block included; None takes `cache_bytes` instead, and None there lets the engine
     choose (see `minillm.cache.paged.choose_num_blocks`). max_num_seqs: sequences that run at the same time.
     max_num_batched_tokens: tokens per step, the budget that keeps a long prompt from stalling the others. policy: see

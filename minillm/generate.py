@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from minillm.cache.contiguous import ContiguousCache, SequenceCache, new_cache
-from minillm.cache.formats import get_format
 from minillm.config import check_prompt
 from minillm.model.decoder import Decoder
+from minillm.quantization.formats import get_format
 from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits, sample
 
 SPARE = 64  # tokens of room behind a prompt, before the cache has to grow
@@ -62,7 +62,7 @@ def generate(
     """Yield the new tokens, each as soon as it is known. The end token is part of them, as in vLLM.
 
     Stops after `max_tokens`, at a stop token, or where the model has no more positions. `sample_index` picks the
-    random stream of one of several completions. `kv_format`: see `minillm.cache.formats`.
+    random stream of one of several completions. `kv_format`: see `minillm.quantization.formats`.
     """
     params = params or SamplingParams()
     generator = None if params.greedy else params.generator(sample_index, default_seed=0, device=model.device)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from minillm.config import EngineConfig
+from minillm.course.use import Used, plug_in
 from minillm.engine.engine import Engine, TokenEvent
 from minillm.errors import RequestError
 from minillm.model.loader import load_model
@@ -28,7 +29,6 @@ from minillm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOu
 from minillm.sampling import SamplingParams
 from minillm.speculative import attach
 from minillm.text import TextStream
-from minillm.use import Used, plug_in
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, or vLLM's {"prompt_token_ids": [...]}
 
@@ -50,7 +50,7 @@ class LLM:
     the name of a smaller model with the same tokenizer. num_speculative_tokens: how many at most. adaptive_drafts: one
     more than were right last time, twice as many if all were; False always guesses as many as there may be. use: an
     exercise or a folder of exercises whose functions take the place of the engine's own; `used` then tells which (see
-    `minillm.use`), and dtype "auto" is float32. The other settings are those of `EngineConfig`; seed also serves
+    `minillm.course.use`), and dtype "auto" is float32. The other settings are those of `EngineConfig`; seed also serves
     requests that bring none of their own. Raises what these raise.
     """
 
@@ -201,10 +201,10 @@ class LLM:
 
     def _take(self, event: TokenEvent) -> None:
         """Account for the new tokens of one completion: ids, times, text, and whether it is finished."""
-        request = self._live[event.sequence.request_id]
+        request = self._live[event.request.request_id]
         request.changed = True
-        request.output.metrics.first_scheduled_time = event.sequence.first_scheduled_time
-        output = request.output.outputs[event.sequence.index]
+        request.output.metrics.first_scheduled_time = event.request.first_scheduled_time
+        output = request.output.outputs[event.request.index]
         for position, token in enumerate(event.token_ids):
             output.token_ids.append(token)
             request.output.metrics.token_times[output.index].append(event.time)
@@ -216,7 +216,7 @@ class LLM:
                 self.engine.finish(request.output.request_id, output.index, "stop", hit)
                 return
         if event.finish_reason is not None:
-            output.finish_reason, output.stop_reason = event.finish_reason, event.sequence.stop_reason
+            output.finish_reason, output.stop_reason = event.finish_reason, event.request.stop_reason
             if request.texts:
                 request.texts[output.index].close()
 

@@ -162,7 +162,7 @@ def _faults_of(cell: NotebookNode) -> Iterator[str]:
         if WIDGET in faces:
             yield "shows a widget that a page without a kernel cannot show"
         if "image/png" in faces and not output.metadata.get("image/png", {}).get("alt", "").strip():
-            yield "shows a picture without a text: use minillm.viz.show"
+            yield "shows a picture without a text: use minillm.course.figures.show"
         if match := PRIVATE.search(text):
             yield f"names a place on this machine: {match[0].strip()!r}"
 

@@ -19,11 +19,11 @@ import minillm.llm
 from minillm import LLM, SamplingParams
 from minillm.cli import console, main
 from minillm.cli.console import number, quantity
+from minillm.course.training.bpe import save_tokenizer, train_tokenizer
+from minillm.course.training.train import History, TrainConfig
 from minillm.measure import hardware
 from minillm.measure.machine import describe_machine
-from minillm.model.bpe import save_tokenizer, train_tokenizer
 from minillm.model.loader import EMBEDDED, save_checkpoint
-from minillm.model.train import History, TrainConfig
 from tests.measure.test_hardware import HARDWARE
 from tests.model.test_loader import unpacked
 
@@ -221,7 +221,7 @@ def test_train_starts_the_run_that_was_asked_for(
         asked.extend([config, settings])
         return History(step=5, tokens=640, held_out_losses=[(5, 2.5)])
 
-    monkeypatch.setattr("minillm.model.train.train", train)
+    monkeypatch.setattr("minillm.course.training.train.train", train)
     out, work = tmp_path / "out", tmp_path / "work"
     assert (
         run("train", "tiny-draft", "--minutes", "3", "--seed", "7", "--out", out, "--work", work, "--no-compile") == 0

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from minillm.attention import paged
-from minillm.attention.contiguous import attention
-from minillm.attention.layout import PagedLayout
-from minillm.attention.naive import naive_attention
+from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.paged import attend_spans, paged_attention
-from minillm.attention.quantized import quantized_attention
-from minillm.attention.sdpa import sdpa_attention
+from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 from minillm.errors import ConfigError
+from minillm.kernels.cpu.contiguous import attention
+from minillm.kernels.cpu.sdpa import sdpa_attention
+from minillm.quantization.attention import quantized_attention
 
-__all__ = ["LOSES", "PagedAttention", "PagedLayout", "attention", "get_backend", "paged_attention", "write_kv"]
+__all__ = ["LOSES", "AttentionMetadata", "PagedAttention", "attention", "get_backend", "paged_attention", "write_kv"]
 
 PagedAttention = Callable[..., Tensor]
 HAS_TRITON = find_spec("triton") is not None
@@ -67,10 +67,10 @@ def get_quantized_backend(name: str, device: torch.device | str) -> PagedAttenti
     return backend if name == "triton" or (name == "auto" and on_gpu) else quantized_attention
 
 
-def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout) -> None:
+def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: AttentionMetadata) -> None:
     """Store k and v `[num_tokens, kv_heads, d]` in the pools `[kv_heads, num_blocks, block_size, d]`, slot by slot."""
     if k.is_cuda and HAS_TRITON:
-        from minillm.attention.triton_paged import triton_write_kv
+        from minillm.kernels.gpu.paged import triton_write_kv
 
         triton_write_kv(k, v, k_pool, v_pool, layout)
     else:
@@ -80,8 +80,8 @@ def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: Paged
 def _triton_backend(kind: str) -> PagedAttention:
     if not HAS_TRITON:
         raise ConfigError("attention='triton' needs the package triton. Install it, or choose attention='auto'.")
-    from minillm.attention.triton_paged import triton_attention
-    from minillm.attention.triton_tiles import INTERPRETED
+    from minillm.kernels.gpu.paged import triton_attention
+    from minillm.kernels.gpu.tiles import INTERPRETED
 
     if kind != "cuda" and not INTERPRETED:
         raise ConfigError(

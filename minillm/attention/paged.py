@@ -15,20 +15,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minillm.attention.contiguous import attention
-from minillm.attention.grouped import CpuPlan
-from minillm.attention.layout import PagedLayout, Span
-from minillm.attention.naive import oldest_key
+from minillm.attention.metadata import AttentionMetadata, Span
+from minillm.attention.reference import oldest_key
+from minillm.kernels.cpu.contiguous import attention
+from minillm.kernels.cpu.grouped import CpuPlan
 
 
-def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout) -> None:
+def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: AttentionMetadata) -> None:
     """Store k and v `[num_tokens, kv_heads, d]` in the pools `[kv_heads, num_blocks, block_size, d]`, slot by slot."""
     k_pool.flatten(1, 2).index_copy_(1, layout.slot_mapping, k.transpose(0, 1))
     v_pool.flatten(1, 2).index_copy_(1, layout.slot_mapping, v.transpose(0, 1))
 
 
 def paged_attention(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PagedLayout, *, scale: float, sliding_window: int | None = None
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    layout: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """The CPU's way: decodes in groups, the others one by one. q `[num_tokens, heads, d]` -> like q.
 
@@ -50,7 +56,7 @@ def attend_spans(
     q: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    layout: PagedLayout,
+    layout: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None = None,

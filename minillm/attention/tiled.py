@@ -19,7 +19,7 @@ from math import e, log, log2
 import torch
 from torch import Tensor
 
-from minillm.attention.naive import NEG_INF, accumulator_dtype
+from minillm.attention.reference import NEG_INF, accumulator_dtype
 
 Q_TILE, KV_TILE = 256, 256  # of 64 to 512, measured: larger leaves the caches, smaller starts more operators
 LN2 = log(2)

@@ -7,13 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minillm.attention import PagedLayout, attention
-from minillm.attention.naive import oldest_key
-from minillm.attention.quantized import quantized_attention
-from minillm.cache.formats import Format
-from minillm.cache.quantized import QuantizedCache
+from minillm.attention import AttentionMetadata, attention
+from minillm.attention.reference import oldest_key
 from minillm.config import BLOCK_SIZE, MIN_BLOCK_SIZES, ModelConfig
 from minillm.model.decoder import Attend
+from minillm.quantization.attention import quantized_attention
+from minillm.quantization.cache import QuantizedCache
+from minillm.quantization.formats import Format
 
 CHUNK = 512  # tokens that a quantised cache takes at once: what is exact for a step is as much at most
 
@@ -166,7 +166,7 @@ class QuantizedContiguousCache:
         if self.blocks.tails:
             self.blocks.tails.keep([1 + start // self.block_size] if start % self.block_size else [])
         return self.blocks.attend(
-            PagedLayout.build([table], [end - start], [end], block_size=self.block_size, device=self.device)
+            AttentionMetadata.build([table], [end - start], [end], block_size=self.block_size, device=self.device)
         )
 
     def _blocks_for(self, capacity: int) -> QuantizedCache:

@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minillm.attention import PagedAttention, PagedLayout, write_kv
-from minillm.cache.formats import Format, get_format
-from minillm.cache.tails import TailPool
+from minillm.attention import AttentionMetadata, PagedAttention, write_kv
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError
 from minillm.model.decoder import Attend
+from minillm.quantization.formats import Format, get_format
+from minillm.quantization.tails import TailPool
 
 CPU_CACHE_BYTES = 2**30  # what a cache takes at most on a CPU if nobody says how much; pages are touched when written
 CUDA_FREE_SHARE = 0.9  # of the memory that is free once the model is loaded; the rest is for activations
@@ -81,11 +81,11 @@ class PagedCache(BlockTensors):
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         super().__init__(config, self.keys + self.values, num_blocks=num_blocks, block_size=block_size)
 
-    def attend(self, layout: PagedLayout) -> Attend:
+    def attend(self, layout: AttentionMetadata) -> Attend:
         """The decoder's `attend` for one step whose sequences lie as `layout` says."""
         return partial(self._attend, layout)
 
-    def _attend(self, layout: PagedLayout, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, layout: AttentionMetadata, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
         write_kv(k, v, keys, values, layout)
         scale, window = self.config.head_dim**-0.5, self.config.sliding_window

@@ -16,7 +16,7 @@ from minillm.cli.console import Seed, Threads, err, out, use_threads
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minillm.claims import Card
+    from minillm.course.claims import Card
     from minillm.measure.machine import Machine
 
 SIGNS = {"holds": ("✓", "holds", "green"), "holds when": ("◐", "holds when", "yellow"), "wrong": ("✗", "wrong", "red")}
@@ -30,7 +30,7 @@ def claims(
     seed: Seed = 0,
 ) -> None:
     """Try well-known claims about prefill and decode: prediction, measurement, verdict."""
-    from minillm.claims import CLAIMS, Workbench
+    from minillm.course.claims import CLAIMS, Workbench
 
     use_threads(threads)
     ids = _chosen(only, list(CLAIMS))

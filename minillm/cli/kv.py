@@ -125,7 +125,7 @@ def _print_quality(model: str, qualities: Sequence[KvQuality], num_tokens: int) 
 
 def _draw(plot: Path, rows: Sequence[KvRow], qualities: Sequence[KvQuality], batch: int) -> None:
     """What formats buy goes to the file, what they cost beside it."""
-    from minillm.viz.formats import format_figure, quality_figure
+    from minillm.course.figures.formats import format_figure, quality_figure
 
     figures = {plot: format_figure(rows, batch=batch)}
     if qualities:

@@ -17,9 +17,9 @@ from rich.text import Text
 from minillm.cli.console import err, facts, out
 
 if TYPE_CHECKING:
-    from minillm.lab.exercises import Course, Exercise
-    from minillm.lab.grade import Grader
-    from minillm.lab.results import Result
+    from minillm.course.lab.exercises import Course, Exercise
+    from minillm.course.lab.grade import Grader
+    from minillm.course.lab.results import Result
 
 FAILED = 1
 lab = typer.Typer(help="Exercises: write a part of the engine, test it, get hints.", no_args_is_help=True)
@@ -32,7 +32,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print plain data.")]
 def list_exercises(as_json: AsJson = False) -> None:
     """Show all exercises and where you stand."""
     from minillm.cli.results import course_view
-    from minillm.lab.progress import Progress, next_exercise
+    from minillm.course.lab.progress import Progress, next_exercise
 
     course = _course()
     progress = Progress(course)
@@ -64,7 +64,7 @@ def show_next() -> None:
 @lab.command()
 def test(name: Name = None, as_json: AsJson = False) -> None:
     """Run the checks of an exercise on your file. Exit code 0: all passed; 1: not yet."""
-    from minillm.lab.grade import Grader
+    from minillm.course.lab.grade import Grader
 
     exercise = _exercise(name)
     with Grader(diagnoses=1) as grader:
@@ -79,7 +79,7 @@ def watch(name: Name = None) -> None:
     """Test an exercise whenever you save its file; go on to the next when it passes. Ctrl-C ends it."""
     import watchfiles
 
-    from minillm.lab.grade import Grader
+    from minillm.course.lab.grade import Grader
 
     exercise = _exercise(name)
     with Grader(diagnoses=1) as grader:
@@ -94,7 +94,7 @@ def watch(name: Name = None) -> None:
 @lab.command()
 def hint(name: Name = None) -> None:
     """Show the next hint for the first task that does not pass yet."""
-    from minillm.lab.progress import Progress
+    from minillm.course.lab.progress import Progress
 
     exercise = _exercise(name)
     progress = Progress(_course())
@@ -127,8 +127,8 @@ def solution(
     ] = False,
 ) -> None:
     """Show our solution: after yours passes, or when you give up."""
+    from minillm.course.lab.progress import Progress
     from minillm.errors import CourseError
-    from minillm.lab.progress import Progress
 
     exercise = _exercise(name)
     progress = Progress(_course())
@@ -149,7 +149,7 @@ def solution(
 @lab.command()
 def reset(name: Annotated[str, typer.Argument(help="An exercise, such as ex03.", metavar="ID")]) -> None:
     """Bring an exercise back as it was given. Your file is kept aside."""
-    from minillm.lab.release import put_aside
+    from minillm.course.lab.release import put_aside
 
     exercise = _exercise(name)
     if kept := put_aside(exercise):
@@ -161,7 +161,7 @@ def reset(name: Annotated[str, typer.Argument(help="An exercise, such as ex03.",
 @lab.command()
 def status(as_json: AsJson = False) -> None:
     """Sum up: exercises passed, points."""
-    from minillm.lab.progress import Progress
+    from minillm.course.lab.progress import Progress
 
     course = _course()
     progress = Progress(course)
@@ -182,9 +182,9 @@ def status(as_json: AsJson = False) -> None:
 @lab.command()
 def doctor() -> None:
     """Check that this machine can run the exercises, and what would help if not."""
-    from minillm.lab.exercises import find_course
-    from minillm.lab.isolation import LEVELS, unavailable
-    from minillm.lab.sandbox import Sandbox
+    from minillm.course.lab.exercises import find_course
+    from minillm.course.lab.isolation import LEVELS, unavailable
+    from minillm.course.lab.sandbox import Sandbox
 
     course = find_course()
     rows = [("course", str(course.root)), ("exercises", str(len(course.exercises)))]
@@ -197,22 +197,22 @@ def doctor() -> None:
 @lab.command()
 def submit(to: Annotated[Path, typer.Option(help="Where to write the zip.")] = Path("submission.zip")) -> None:
     """Pack your files into a zip for your teacher."""
-    from minillm.lab.release import pack
+    from minillm.course.lab.release import pack
 
     names = pack(_course(), to)
     out.print(Text(f"{to.resolve()} holds {', '.join(names)}."), soft_wrap=True)
 
 
 def _course() -> Course:
-    from minillm.lab.exercises import find_course
+    from minillm.course.lab.exercises import find_course
 
     return find_course()
 
 
 def _exercise(name: str | None) -> Exercise:
     """The exercise of this name, or the next one."""
+    from minillm.course.lab.progress import Progress, next_exercise
     from minillm.errors import CourseError
-    from minillm.lab.progress import Progress, next_exercise
 
     course = _course()
     if name is not None:
@@ -226,7 +226,7 @@ def _exercise(name: str | None) -> Exercise:
 def _tested(exercise: Exercise, grader: Grader, *, quiet: bool = False) -> Result:
     """Grade a learner's file, remember how it went, and show it."""
     from minillm.cli.results import result_view
-    from minillm.lab.progress import Progress
+    from minillm.course.lab.progress import Progress
 
     data = exercise.stub.read_bytes() if exercise.stub.exists() else None
     with RichProgress(TextColumn("{task.description}"), BarColumn(), console=err, transient=True, disable=quiet) as bar:

@@ -8,9 +8,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from minillm.lab.exercises import Course, Exercise
-from minillm.lab.progress import Progress
-from minillm.lab.results import CheckResult, Result
+from minillm.course.lab.exercises import Course, Exercise
+from minillm.course.lab.progress import Progress
+from minillm.course.lab.results import CheckResult, Result
 
 SIGNS = {"passed": ("✓", "green"), "todo": ("·", "dim")}  # everything else: a red cross
 CALLS = 4  # lines of the last calls before a difference

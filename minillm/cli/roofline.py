@@ -32,8 +32,8 @@ def roofline(
     json_file: JsonFile = None,
 ) -> None:
     """Draw prefill, decode and batches under this machine's measured roof, with the bytes that each step moves."""
+    from minillm.course.figures.roofline import roofline as draw
     from minillm.measure.roofline import measure_roofline
-    from minillm.viz.roofline import roofline as draw
 
     check_file(json_file)
     check_file(plot)

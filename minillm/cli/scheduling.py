@@ -37,8 +37,8 @@ def stall(
     json_file: JsonFile = None,
 ) -> None:
     """A long prompt arrives among running decodes: who waits, for each budget of tokens per step."""
+    from minillm.course.figures.serving import stall_figure
     from minillm.measure.bench_stall import StallBench
-    from minillm.viz.serving import stall_figure
 
     check_file(json_file)
     check_file(plot)

@@ -17,8 +17,8 @@ from rich.text import Text
 from minillm.cli.console import err, out
 
 if TYPE_CHECKING:
-    from minillm.lab.bulk import Graded
-    from minillm.lab.selfcheck import Finding
+    from minillm.course.lab.bulk import Graded
+    from minillm.course.lab.selfcheck import Finding
 
 FAILED, GRADER_FAULT = 1, 3
 teach = typer.Typer(help="For teachers: generate, check, release, grade, export.", no_args_is_help=True)
@@ -34,8 +34,8 @@ def sync(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if anything differs.")] = False,
 ) -> None:
     """Generate exercises/ from solutions/."""
-    from minillm.lab.exercises import find_course
-    from minillm.lab.release import sync
+    from minillm.course.lab.exercises import find_course
+    from minillm.course.lab.release import sync
 
     stale = sync(find_course(), write=not check)
     for path in stale:
@@ -54,8 +54,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Prove that the course grades rightly: stubs 0, solutions 100 %, mutants caught and named, cheats 0."""
-    from minillm.lab.exercises import find_course
-    from minillm.lab.selfcheck import check_course, dishonest
+    from minillm.course.lab.exercises import find_course
+    from minillm.course.lab.selfcheck import check_course, dishonest
 
     course = find_course()
     exercises = [course.exercise(name) for name in names] if names else list(course.exercises.values())
@@ -85,7 +85,7 @@ def _shown(findings: Iterable[Finding], *, quiet: bool) -> list[Finding]:
 
 
 def _sums(findings: list[Finding]) -> Table:
-    from minillm.lab.selfcheck import DIAGNOSED
+    from minillm.course.lab.selfcheck import DIAGNOSED
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("what was handed in", "how many", "as it must be"):
@@ -102,7 +102,7 @@ def _sums(findings: list[Finding]) -> Table:
 
 
 def _holds(findings: list[Finding]) -> bool:
-    from minillm.lab.selfcheck import DIAGNOSED
+    from minillm.course.lab.selfcheck import DIAGNOSED
 
     mutants = [finding.diagnosed for finding in findings if finding.kind == "mutant"]
     return all(finding.ok is not False for finding in findings) and sum(mutants) >= DIAGNOSED * len(mutants)
@@ -111,8 +111,8 @@ def _holds(findings: list[Finding]) -> bool:
 @teach.command()
 def release(to: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
     """Write a course for learners: stubs and public checks; no solutions, mutants or hidden checks."""
-    from minillm.lab.exercises import find_course
-    from minillm.lab.release import release
+    from minillm.course.lab.exercises import find_course
+    from minillm.course.lab.release import release
 
     written = release(find_course(), to)
     out.print(Text(f"{to} holds {len(written)} files. Learners run minillm lab there."), soft_wrap=True)
@@ -129,9 +129,9 @@ def grade(
     as_json: AsJson = False,
 ) -> None:
     """Grade a class. Exit code 0: everything was graded, 3: the grader itself failed somewhere."""
-    from minillm.lab.bulk import Run, read_results
-    from minillm.lab.exercises import find_course
-    from minillm.lab.submissions import collect
+    from minillm.course.lab.bulk import Run, read_results
+    from minillm.course.lab.exercises import find_course
+    from minillm.course.lab.submissions import collect
 
     course = find_course()
     exercises = [course.exercise(id) for id in only.split(",")] if only else list(course.exercises.values())
@@ -156,8 +156,8 @@ def export(
     to: Annotated[Path | None, typer.Option(help="A file (gradescope, json: a folder).")] = None,
 ) -> None:
     """Write results for a spreadsheet, a CI or a learning platform."""
+    from minillm.course.lab import report
     from minillm.errors import CourseError
-    from minillm.lab import report
 
     done = _done(graded)
     tables = {
@@ -182,7 +182,7 @@ def feedback(
     to: Annotated[Path | None, typer.Option(help="A folder for one page per submission.")] = None,
 ) -> None:
     """Write a page for each student: points, what is wrong, why; hidden checks by task and points only."""
-    from minillm.lab.report import feedback
+    from minillm.course.lab.report import feedback
 
     folder = to or graded / "feedback"
     _write({folder / f"{one.entry}.md": feedback(one) for one in _done(graded)})
@@ -190,8 +190,8 @@ def feedback(
 
 def _done(graded: Path) -> list[Graded]:
     """What was graded in a folder, by entry."""
+    from minillm.course.lab.bulk import read_results
     from minillm.errors import CourseError
-    from minillm.lab.bulk import read_results
 
     done = read_results(graded)
     if not done:

@@ -24,9 +24,9 @@ def train(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
 ) -> None:
     """Train a small model on the Python source of this machine. Stop it when you like: the same command goes on."""
+    from minillm.course.training.train import TrainConfig
+    from minillm.course.training.train import train as run
     from minillm.model.loader import choose_device
-    from minillm.model.train import TrainConfig
-    from minillm.model.train import train as run
 
     folder = directory or Path("runs") / shape
     place = choose_device(device).type

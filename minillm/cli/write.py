@@ -57,9 +57,9 @@ def demo(
     picture: Annotated[Path, typer.Option(help="Where to save the timeline.")] = Path("minillm-demo.png"),
 ) -> None:
     """Watch a model write, and see what each of the two phases took."""
+    from minillm.course.figures.timeline import request_timeline
     from minillm.llm import LLM
     from minillm.sampling import SamplingParams
-    from minillm.viz.timeline import request_timeline
 
     check_writable(picture)
     use_threads(threads)
@@ -183,7 +183,7 @@ def _warm_up(llm: LLM, prompt: str) -> None:
 
 def _measured(llm: LLM, request: RequestOutput) -> Table:
     """What the request took, and what it moved, in words of the two phases."""
-    from minillm.measure import formulas
+    from minillm.costs import formulas
     from minillm.measure.hardware import dtype_name
 
     model = llm.engine.model

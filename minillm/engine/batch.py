@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillm.attention import PagedLayout
+from minillm.attention import AttentionMetadata
 from minillm.engine.proposer import Draft
+from minillm.engine.request import Request
 from minillm.engine.scheduler import StepPlan
-from minillm.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Batch:
 
     tokens: Tensor  # [num_tokens] int64
     positions: Tensor  # [num_tokens] int64, absolute
-    layout: PagedLayout
+    layout: AttentionMetadata
     logit_indices: Tensor  # [num_samplers + number of drafts] int64
-    samplers: list[Sequence]
+    samplers: list[Request]
     drafts: list[Draft]  # one for each sampler
     copies: list[tuple[int, int]]  # blocks to copy first, (source, target)
 
@@ -37,13 +37,13 @@ class Batch:
         positions: list[int] = []
         logit_indices: list[int] = []
         for part in plan.scheduled.values():
-            start = part.sequence.num_computed
-            tokens += part.sequence.tokens[start : start + part.num_tokens] + part.draft.tokens
+            start = part.request.num_computed
+            tokens += part.request.tokens[start : start + part.num_tokens] + part.draft.tokens
             positions += range(start, part.kv_len)
             logit_indices += [*range(len(tokens) - 1 - len(part.draft), len(tokens))] * len(part.samplers)
         parts = plan.scheduled.values()
-        layout = PagedLayout.build(
-            [part.sequence.table.blocks for part in parts],
+        layout = AttentionMetadata.build(
+            [part.request.table.blocks for part in parts],
             [part.q_len for part in parts],
             [part.kv_len for part in parts],
             block_size=block_size,
@@ -59,7 +59,7 @@ class Batch:
             copies=plan.copies,
         )
 
-    def rows(self) -> Iterator[tuple[Sequence, list[int]]]:
+    def rows(self) -> Iterator[tuple[Request, list[int]]]:
         """For each of `logit_indices`: the sequence that goes on there, and the drafts that come before."""
         for sequence, draft in zip(self.samplers, self.drafts, strict=True):
             for count in range(1 + len(draft)):

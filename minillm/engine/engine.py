@@ -4,13 +4,13 @@
     request_id = engine.add(prompt_token_ids, SamplingParams(max_tokens=64))
     while engine.has_unfinished:
         for event in engine.step():
-            event.sequence.request_id, event.sequence.index    # which completion of which request
+            event.request.request_id, event.request.index    # which completion of which request
             event.token_ids, event.logprobs                    # its new tokens (one, or several with a proposer)
             event.time, event.finish_reason                    # when they were on the host; why it ended, if it did
 
 The engine knows token ids and no text. Whoever does (`minillm.llm`) may end a completion early, for instance at a stop
 string, with `finish(request_id, index, "stop", stop_reason=...)`. Everything about a completion can be read from
-`event.sequence`: `arrival_time`, `first_scheduled_time`, `num_cached`, `num_preemptions`. All times are
+`event.request`: `arrival_time`, `first_scheduled_time`, `num_cached`, `num_preemptions`. All times are
 `time.perf_counter` seconds.
 
 Several engines live in one process without knowing of each other: nothing is global.
@@ -19,8 +19,7 @@ Several engines live in one process without knowing of each other: nothing is gl
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
-from collections.abc import Sequence as ListLike
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 
@@ -28,11 +27,11 @@ from minillm.cache.blocks import BlockPool
 from minillm.config import EngineConfig, check_prompt
 from minillm.engine.batch import Batch
 from minillm.engine.proposer import Proposer
+from minillm.engine.request import Request
 from minillm.engine.runner import Drawn, ModelRunner
 from minillm.engine.scheduler import Scheduler, StepPlan
-from minillm.engine.sequence import Sequence
 from minillm.engine.speculation import add_drafts
-from minillm.engine.trace import SequenceStep, StepRecord, Trace
+from minillm.engine.trace import RequestStep, StepRecord, Trace
 from minillm.errors import RequestError
 from minillm.model.decoder import Decoder
 from minillm.outputs import FinishReason, Logprob
@@ -43,7 +42,7 @@ from minillm.sampling import SamplingParams
 class TokenEvent:
     """New tokens of one completion: what a step brought it."""
 
-    sequence: Sequence  # to be read, not changed
+    sequence: Request  # to be read, not changed
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None  # one entry per token, if its parameters ask for them
     time: float
@@ -70,7 +69,7 @@ class Engine:
         )
         self.scheduler = Scheduler(self.config, self.pool, model.config.eos_token_ids)
         self.trace = Trace(maxlen=self.config.trace_steps)
-        self._live: dict[str, list[Sequence]] = {}  # unfinished completions by request
+        self._live: dict[str, list[Request]] = {}  # unfinished completions by request
         self._num_added = 0
         self._steps = count()
 
@@ -80,7 +79,7 @@ class Engine:
 
     def add(
         self,
-        prompt: ListLike[int],
+        prompt: Sequence[int],
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
@@ -100,7 +99,7 @@ class Engine:
         self._refuse(prompt, params, request_id)
         self._num_added += 1
         drafts = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
-        sequence = Sequence(
+        sequence = Request(
             request_id=request_id,
             order=(arrival, 0),
             tokens=list(prompt),
@@ -117,7 +116,7 @@ class Engine:
         self.scheduler.add(sequence)
         return request_id
 
-    def _refuse(self, prompt: ListLike[int], params: SamplingParams, request_id: str) -> None:
+    def _refuse(self, prompt: Sequence[int], params: SamplingParams, request_id: str) -> None:
         """Raise `RequestError` for a prompt the model cannot read or a request that no empty engine could hold.
 
         What must fit is everything but the last token: that one is handed out and never computed.
@@ -170,7 +169,7 @@ class Engine:
             raise
         clock.append(time.perf_counter())
         accepted = {sequence: len(said) - 1 for sequence, said in zip(plan.samplers, drawn.tokens, strict=True)}
-        sequences = tuple(SequenceStep.of(part, accepted.get(part.sequence, 0)) for part in plan.scheduled.values())
+        sequences = tuple(RequestStep.of(part, accepted.get(part.request, 0)) for part in plan.scheduled.values())
         events = self._commit(plan, drawn, clock)
         clock.append(time.perf_counter())
         self.trace.append(self._record(plan, sequences, clock))
@@ -212,7 +211,7 @@ class Engine:
         for sequence in list(self._live.get(request_id, [])):
             self.finish(request_id, sequence.index, "abort")
 
-    def _forget_if_finished(self, sequence: Sequence) -> None:
+    def _forget_if_finished(self, sequence: Request) -> None:
         if sequence.finished:
             if self.proposer:
                 self.proposer.forget(sequence)
@@ -221,7 +220,7 @@ class Engine:
             if not completions:
                 del self._live[sequence.request_id]
 
-    def _record(self, plan: StepPlan, sequences: tuple[SequenceStep, ...], clock: list[float]) -> StepRecord:
+    def _record(self, plan: StepPlan, sequences: tuple[RequestStep, ...], clock: list[float]) -> StepRecord:
         """Write down the step. `clock` holds its start and the ends of schedule, propose, pack, run and commit."""
         schedule_time, propose_time, pack_time, run_time, commit_time = (b - a for a, b in pairwise(clock))
         cache = self.runner.cache

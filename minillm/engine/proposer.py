@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from minillm.engine.sequence import Sequence
+from minillm.engine.request import Request
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Draft:
 class Proposer(Protocol):
     """Guesses what sequences will say next. One proposer serves one engine."""
 
-    def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, Draft]:
+    def propose(self, room: Mapping[Request, int]) -> Mapping[Request, Draft]:
         """Drafts for some of the sequences in `room`, each of at most that many tokens, behind `sequence.tokens`.
 
         Sequences only grow between two calls: by accepted drafts and the one token behind them. Not all of them are
@@ -42,6 +42,6 @@ class Proposer(Protocol):
         """
         ...
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: Request) -> None:
         """The sequence has ended: drop what is kept for it. It may be unknown."""
         ...

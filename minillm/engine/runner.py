@@ -9,16 +9,16 @@ import torch
 from torch import Generator, Tensor
 
 from minillm.attention import HAS_TRITON, get_backend, get_quantized_backend
-from minillm.cache.formats import get_format
 from minillm.cache.paged import PagedCache, choose_num_blocks, choose_num_tails
-from minillm.cache.quantized import QuantizedCache
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
-from minillm.engine.graphs import DecodeGraphs
-from minillm.engine.sequence import Sequence
+from minillm.engine.request import Request
 from minillm.engine.verify import verify
+from minillm.kernels.gpu.graphs import DecodeGraphs
 from minillm.model.decoder import Decoder
 from minillm.outputs import Logprob
+from minillm.quantization.cache import QuantizedCache
+from minillm.quantization.formats import get_format
 from minillm.sampling import penalize_repetition, probs_from_logits
 
 
@@ -74,7 +74,7 @@ class ModelRunner:
             replayed = self.model.logits(hidden[batch.logit_indices]) if batch.samplers else None
         return replayed if batch.samplers else None
 
-    def _generator(self, sequence: Sequence) -> Generator | None:
+    def _generator(self, sequence: Request) -> Generator | None:
         """The sequence's random stream, made at its first token: ten thousand waiting ones need none yet."""
         if sequence.params.greedy:
             return None
@@ -110,7 +110,7 @@ def distributions(logits: Tensor, batch: Batch, process: Callable[..., Tensor] =
     return process(logits, params)
 
 
-def _penalized(logits: Tensor, sequence: Sequence, drafts: list[int]) -> Tensor:
+def _penalized(logits: Tensor, sequence: Request, drafts: list[int]) -> Tensor:
     seen = torch.tensor(sequence.tokens + drafts, device=logits.device)
     return penalize_repetition(logits, seen, sequence.params.repetition_penalty)
 

@@ -25,7 +25,7 @@ from itertools import pairwise
 from minillm.cache.blocks import BlockPool, ensure
 from minillm.config import EngineConfig
 from minillm.engine.proposer import Draft
-from minillm.engine.sequence import Sequence
+from minillm.engine.request import Request
 from minillm.outputs import FinishReason
 
 
@@ -38,10 +38,10 @@ class Scheduled:
     the last token there may be a draft, to be verified in the same step.
     """
 
-    sequence: Sequence
+    sequence: Request
     num_tokens: int
     copies: list[tuple[int, int]]
-    samplers: list[Sequence]
+    samplers: list[Request]
     draft: Draft = field(default_factory=Draft)
 
     @property
@@ -52,7 +52,7 @@ class Scheduled:
     @property
     def kv_len(self) -> int:
         """Keys that the last of them sees."""
-        return self.sequence.num_computed + self.q_len
+        return self.request.num_computed + self.q_len
 
 
 @dataclass
@@ -60,12 +60,12 @@ class StepPlan:
     """What one step will do, in the order in which it will be packed."""
 
     budget: int  # tokens that may still be added
-    scheduled: dict[Sequence, Scheduled] = field(default_factory=dict)
-    admitted: list[Sequence] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
+    scheduled: dict[Request, Scheduled] = field(default_factory=dict)
+    admitted: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
 
     @property
-    def samplers(self) -> list[Sequence]:
+    def samplers(self) -> list[Request]:
         """Everybody who gets a token, in order."""
         return [sampler for part in self.scheduled.values() for sampler in part.samplers]
 
@@ -74,13 +74,13 @@ class StepPlan:
         """Blocks to copy, (source, target), before anything is written."""
         return [copy for part in self.scheduled.values() for copy in part.copies]
 
-    def add(self, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> None:
+    def add(self, sequence: Request, num_tokens: int, copies: list[tuple[int, int]]) -> None:
         """Spend budget on the next tokens of a sequence."""
         samplers = [sequence, *sequence.spawn()] if num_tokens == sequence.num_remaining else []
         self.scheduled[sequence] = Scheduled(sequence, num_tokens, copies, samplers)
         self.budget -= num_tokens
 
-    def add_draft(self, sequence: Sequence, draft: Draft, copies: list[tuple[int, int]]) -> None:
+    def add_draft(self, sequence: Request, draft: Draft, copies: list[tuple[int, int]]) -> None:
         """Spend budget on guesses behind the tokens of a sequence that is in the plan."""
         part = self.scheduled[sequence]
         self.scheduled[sequence] = replace(part, draft=draft, copies=part.copies + copies)
@@ -97,12 +97,12 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self.eos_token_ids = eos_token_ids
-        self.running: list[Sequence] = []
-        self.waiting: OrderedDict[tuple[int, int], Sequence] = OrderedDict()
+        self.running: list[Request] = []
+        self.waiting: OrderedDict[tuple[int, int], Request] = OrderedDict()
         self._in_flight: StepPlan | None = None
         self._joinable = True  # only `static` ever closes its batch
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Request) -> None:
         """Queue a new sequence behind all others. Its `order` must say so, too."""
         self.waiting[sequence.order] = sequence
 
@@ -126,7 +126,7 @@ class Scheduler:
         self._in_flight = plan
         return plan
 
-    def _advance(self, plan: StepPlan, sequences: Iterable[Sequence]) -> None:
+    def _advance(self, plan: StepPlan, sequences: Iterable[Request]) -> None:
         """Give running sequences their next tokens, oldest first, pushing out the youngest where blocks are lacking."""
         for sequence in sequences:
             num_tokens = min(sequence.num_remaining, plan.budget)
@@ -164,7 +164,7 @@ class Scheduler:
             self.running.append(sequence)
             plan.admitted.append(sequence)
 
-    def _start(self, plan: StepPlan, sequence: Sequence) -> bool:
+    def _start(self, plan: StepPlan, sequence: Request) -> bool:
         """Open a table with all blocks for the tokens that the sequence has, if there are enough.
 
         A block for each completion that runs or comes along must be left over: without this margin a sequence joins
@@ -182,7 +182,7 @@ class Scheduler:
         plan.add(sequence, min(sequence.num_remaining, plan.budget), copies)
         return True
 
-    def commit(self, plan: StepPlan, tokens: list[list[int]]) -> list[tuple[Sequence, list[int]]]:
+    def commit(self, plan: StepPlan, tokens: list[list[int]]) -> list[tuple[Request, list[int]]]:
         """Account for a step that was run; `tokens[i]` is what `plan.samplers[i]` drew: accepted drafts and one more.
 
         Returns who really got which tokens: a sequence that was finished from outside while its step ran gets none,
@@ -198,7 +198,7 @@ class Scheduler:
             self._retire(sequence)
         return taken
 
-    def _take(self, sequence: Sequence, part: Scheduled | None, said: list[int]) -> list[int]:
+    def _take(self, sequence: Request, part: Scheduled | None, said: list[int]) -> list[int]:
         """Hand over what a sequence drew. All but the last are drafts that were computed in this step already.
 
         What was computed for rejected drafts needs no cleaning up: it lies behind `num_computed`, in blocks without a
@@ -210,7 +210,7 @@ class Scheduler:
             sequence.adapt_drafts(len(part.draft), len(said) - 1)
         return taken
 
-    def _computed(self, sequence: Sequence, num_tokens: int) -> None:
+    def _computed(self, sequence: Request, num_tokens: int) -> None:
         """Count tokens as computed, and make the blocks that are full now known."""
         sequence.num_computed += num_tokens
         sequence.num_written = max(sequence.num_written, sequence.num_computed)
@@ -218,7 +218,7 @@ class Scheduler:
 
     def _commit(self, part: Scheduled) -> None:
         """Count a sequence's own tokens as computed, and let spawned completions share its blocks."""
-        sequence = part.sequence
+        sequence = part.request
         self._computed(sequence, part.num_tokens)
         for fork in part.samplers[1:]:
             fork.table = self.pool.fork(sequence.table)
@@ -238,7 +238,7 @@ class Scheduler:
         for sequence in [sequence for sequence in self if sequence.finished]:
             self._retire(sequence)
 
-    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | None = None) -> None:
+    def finish(self, sequence: Request, reason: FinishReason, stop_reason: str | None = None) -> None:
         """End a sequence from outside, at any moment. Its blocks are freed at once, or when its step comes back."""
         if sequence.finished:
             return
@@ -246,7 +246,7 @@ class Scheduler:
         if self._in_flight is None or sequence not in self._in_flight.scheduled:
             self._retire(sequence)
 
-    def _retire(self, sequence: Sequence) -> None:
+    def _retire(self, sequence: Request) -> None:
         if self.waiting.pop(sequence.order, None) is None:
             self.running.remove(sequence)
         self.pool.release(sequence.table)
@@ -258,7 +258,7 @@ class Scheduler:
             if offset:
                 yield sequence.table.blocks[index]
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[Request]:
         """All unfinished sequences, oldest first."""
         yield from self.running
         yield from self.waiting.values()

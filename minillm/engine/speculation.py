@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from minillm.cache.blocks import BlockPool
 from minillm.engine.proposer import Proposer
+from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduled, StepPlan
-from minillm.engine.sequence import Sequence
 
 
-def add_drafts(plan: StepPlan, proposer: Proposer, pool: BlockPool, running: Iterable[Sequence]) -> None:
+def add_drafts(plan: StepPlan, proposer: Proposer, pool: BlockPool, running: Iterable[Request]) -> None:
     """Let the proposer guess behind the sequences that decode in this step, where there is room."""
     room = draft_room(plan, pool, running)
     for sequence, draft in proposer.propose(room).items() if room else ():
@@ -20,14 +20,14 @@ def add_drafts(plan: StepPlan, proposer: Proposer, pool: BlockPool, running: Ite
             plan.add_draft(sequence, draft, copies)
 
 
-def draft_room(plan: StepPlan, pool: BlockPool, running: Iterable[Sequence]) -> dict[Sequence, int]:
+def draft_room(plan: StepPlan, pool: BlockPool, running: Iterable[Request]) -> dict[Request, int]:
     """How many tokens may be guessed for whom; sequences without room are left out.
 
     Drafts take what everybody else leaves, oldest first: budget that the step does not need, and blocks beyond one for
     each running completion, so that nobody is pushed out for a guess. A first token is not waited for: who has none
     yet gets no drafts.
     """
-    room: dict[Sequence, int] = {}
+    room: dict[Request, int] = {}
     budget = plan.budget
     spare = max(0, pool.num_free - sum(sequence.width for sequence in running))
     for sequence, part in plan.scheduled.items():
@@ -42,7 +42,7 @@ def draft_room(plan: StepPlan, pool: BlockPool, running: Iterable[Sequence]) -> 
 
 def _useful(part: Scheduled) -> int:
     """Guesses worth checking: a step brings one token more than it accepts, and max_tokens is the end."""
-    sequence = part.sequence
+    sequence = part.request
     if not part.samplers or sequence.num_generated == 0:
         return 0
     return min(sequence.num_drafts, sequence.params.max_tokens - sequence.num_generated - 1)

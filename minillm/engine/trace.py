@@ -13,7 +13,7 @@ from minillm.engine.scheduler import Scheduled
 
 
 @dataclass(frozen=True)
-class SequenceStep:
+class RequestStep:
     """One sequence's part in a step, as it stood before the step ran."""
 
     request_id: str
@@ -42,8 +42,8 @@ class SequenceStep:
         return "verify" if self.num_drafts else "decode"
 
     @classmethod
-    def of(cls, part: Scheduled, num_accepted: int = 0) -> SequenceStep:
-        sequence = part.sequence
+    def of(cls, part: Scheduled, num_accepted: int = 0) -> RequestStep:
+        sequence = part.request
         again = min(sequence.num_written, sequence.num_computed + part.num_tokens) - sequence.num_computed
         return cls(
             request_id=sequence.request_id,
@@ -70,7 +70,7 @@ class StepRecord:
     pack_time: float
     run_time: float  # model and sampling, until the tokens are on the host
     commit_time: float
-    sequences: tuple[SequenceStep, ...]
+    sequences: tuple[RequestStep, ...]
     admitted: tuple[str, ...]
     preempted: tuple[str, ...]
     num_copies: int
@@ -84,7 +84,7 @@ class StepRecord:
     @property
     def num_tokens(self) -> int:
         """Tokens computed: the rows of every matrix product of the step."""
-        return sum(part.num_scheduled for part in self.sequences)
+        return sum(part.num_scheduled for part in self.requests)
 
     @property
     def overhead(self) -> float:
@@ -121,7 +121,7 @@ def _slices(record: StepRecord) -> Iterator[dict[str, Any]]:
         span = {"ph": "X", "pid": 0, "ts": start, "dur": getattr(record, f"{phase}_time") * 1e6}
         yield span | {"tid": "engine", "name": phase, "args": {"step": record.step, "tokens": record.num_tokens}}
         start += span["dur"]
-        for part in record.sequences if phase == "run" else ():
+        for part in record.requests if phase == "run" else ():
             args = {"tokens": part.num_scheduled, "keys": part.kv_len, "recomputed": part.num_recomputed}
             yield span | {"tid": f"{part.request_id}/{part.index}", "name": part.phase, "args": args}
 

@@ -17,8 +17,7 @@ cases need no code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -29,7 +28,7 @@ from minillm.sampling import sample
 Marks = dict[tuple[int, int], Tensor]  # (sequence, row) -> the state of its random stream before that row
 
 
-def num_accepted(drafts: ListLike[int], drawn: ListLike[int]) -> int:
+def num_accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:
     """How many drafts stand before the first that differs from what was drawn in its place."""
     pairs = enumerate(zip(drafts, drawn, strict=False))
     return next((place for place, (draft, token) in pairs if draft != token), min(len(drafts), len(drawn)))
@@ -52,8 +51,8 @@ def given_draft(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
 
 def verify(
     target: Tensor,
-    drafts: ListLike[Draft],
-    generators: ListLike[Generator | None],
+    drafts: Sequence[Draft],
+    generators: Sequence[Generator | None],
     *,
     given: Callable[..., Tensor] = given_draft,
     draw: Callable[..., Tensor] = sample,
@@ -81,7 +80,7 @@ def verify(
 
 
 def _streams(
-    drafts: ListLike[Draft], generators: ListLike[Generator | None], marks: Marks
+    drafts: Sequence[Draft], generators: Sequence[Generator | None], marks: Marks
 ) -> Iterator[Generator | None]:
     """The generator of each row, noting its state before every row that may turn out to be void.
 
@@ -94,7 +93,7 @@ def _streams(
             yield generator
 
 
-def given_drafts(target: Tensor, drafts: ListLike[Draft], given: Callable[..., Tensor]) -> Tensor:
+def given_drafts(target: Tensor, drafts: Sequence[Draft], given: Callable[..., Tensor]) -> Tensor:
     """`target` [rows, vocab] with each row that has a drawn draft replaced by `given(target, proposal, drafts)`."""
     rows, tokens, start = list[int](), list[int](), 0
     for draft in drafts:

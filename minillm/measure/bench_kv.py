@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.cache.formats import FORMATS, Format
 from minillm.config import EngineConfig
+from minillm.costs.formulas import Bytes, format_element_bytes, kv_bytes_per_token, step_bytes
+from minillm.costs.roof import kv_tokens_that_fit
+from minillm.costs.steps import decode_step
 from minillm.engine.runner import open_cache
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
 from minillm.measure.counters import Counter
-from minillm.measure.formulas import Bytes, format_element_bytes, kv_bytes_per_token, step_bytes
 from minillm.measure.kv_quality import PER_TOKEN, drawn_sample, output_error, perplexity, trained_samples
-from minillm.measure.roof import kv_tokens_that_fit
 from minillm.measure.stepper import StepRunner
-from minillm.measure.steps import decode_step
 from minillm.model.decoder import Decoder
+from minillm.quantization.formats import FORMATS, Format
 
 GB = 10**9
 

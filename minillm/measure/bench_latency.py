@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 
 from minillm.config import ModelConfig
+from minillm.costs import formulas
+from minillm.costs.steps import Step, decode_step, prefill_step
 from minillm.errors import ConfigError
-from minillm.measure import formulas
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
 from minillm.measure.bench_subjects import MinillmSubject, Subject
 from minillm.measure.hardware import Hardware, dtype_name, matmul_patterns, matmul_size, read_buffer, read_patterns
-from minillm.measure.steps import Step, decode_step, prefill_step
 from minillm.model.decoder import Decoder
 
 DECODE_STEPS = 8  # tokens per repeat of decode: one alone would be short for the clock, and cold

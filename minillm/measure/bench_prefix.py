@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from minillm.config import ModelConfig
+from minillm.costs.roof import Roof, step_seconds
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, pair_ratio
 from minillm.measure.bench_serve import serve
-from minillm.measure.roof import Roof, step_seconds
-from minillm.measure.workloads import Request
+from minillm.measure.workloads import SampleRequest
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -84,7 +84,7 @@ def _tokens(engine: Engine, rng: random.Random, count: int) -> list[int]:
 
 def _serve_one(engine: Engine, tokens: list[int]) -> tuple[float, int]:
     """TTFT and cached tokens of a prompt that has the engine to itself. Raises `ConfigError` if it does not fit."""
-    (served,) = serve(engine, [Request(tokens, max_tokens=1)]).served
+    (served,) = serve(engine, [SampleRequest(tokens, max_tokens=1)]).served
     if served.metrics.ttft is None:
         raise ConfigError(f"A prompt of {len(tokens)} tokens cannot be measured. {served.error}")
     return served.metrics.ttft, served.num_cached

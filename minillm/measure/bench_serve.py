@@ -16,7 +16,7 @@ from typing import NamedTuple
 from minillm.engine.engine import Engine, TokenEvent
 from minillm.engine.trace import StepRecord
 from minillm.errors import ConfigError, RequestError
-from minillm.measure.workloads import Request
+from minillm.measure.workloads import SampleRequest
 from minillm.outputs import RequestMetrics
 
 
@@ -24,7 +24,7 @@ from minillm.outputs import RequestMetrics
 class Served:
     """One request of a load and what became of it. Times are `time.perf_counter` seconds."""
 
-    request: Request
+    request: SampleRequest
     due: float  # when the load wanted it to start
     metrics: RequestMetrics  # `arrival_time` is when it started: `due`, or later if `max_concurrency` held it back
     num_cached: int = 0  # prompt tokens that the prefix cache saved
@@ -61,10 +61,10 @@ class StepCost(NamedTuple):
             record.pack_time,
             record.run_time,
             record.commit_time,
-            len(record.sequences),
-            sum(part.phase in ("decode", "verify") for part in record.sequences),
+            len(record.requests),
+            sum(part.phase in ("decode", "verify") for part in record.requests),
             record.num_tokens,
-            sum(part.num_recomputed for part in record.sequences),
+            sum(part.num_recomputed for part in record.requests),
         )
 
     @property
@@ -95,7 +95,7 @@ class Client:
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], due: Sequence[float], slots: int, salt: Hashable
+        self, engine: Engine, requests: Sequence[SampleRequest], due: Sequence[float], slots: int, salt: Hashable
     ) -> None:
         start = time.perf_counter()
         times = [start + seconds for seconds in due]
@@ -137,20 +137,20 @@ class Client:
             self._take(event)
 
     def _take(self, event: TokenEvent) -> None:
-        served = self.live[event.sequence.request_id]
+        served = self.live[event.request.request_id]
         served.token_times.extend([event.time] * len(event.token_ids))
         if event.finish_reason is None:
             return
-        served.metrics.first_scheduled_time = event.sequence.first_scheduled_time
-        served.num_cached = event.sequence.num_cached
-        served.num_preemptions = event.sequence.num_preemptions
-        del self.live[event.sequence.request_id]
+        served.metrics.first_scheduled_time = event.request.first_scheduled_time
+        served.num_cached = event.request.num_cached
+        served.num_preemptions = event.request.num_preemptions
+        del self.live[event.request.request_id]
         self.slots.append(event.time)
 
 
 def serve(
     engine: Engine,
-    requests: Sequence[Request],
+    requests: Sequence[SampleRequest],
     due: Sequence[float] | None = None,
     *,
     max_concurrency: int | None = None,
@@ -183,13 +183,13 @@ def serve(
     return client.run
 
 
-def warm_up(engine: Engine, requests: Sequence[Request], count: int = 2) -> None:
+def warm_up(engine: Engine, requests: Sequence[SampleRequest], count: int = 2) -> None:
     """Serve short beginnings of the first requests, then forget them: first calls compile, capture and allocate.
 
     Their KV stays behind, in blocks that no later request matches: a salt keeps them apart.
     """
     for request in requests[:count]:
-        engine.add(request.prompt[:64], Request([], min(8, request.max_tokens)).params, salt="warm-up")
+        engine.add(request.prompt[:64], SampleRequest([], min(8, request.max_tokens)).params, salt="warm-up")
     while engine.has_unfinished:
         engine.step()
     engine.trace.clear()

@@ -23,12 +23,12 @@ from statistics import median
 from typing import Any
 
 from minillm.config import ModelConfig
+from minillm.costs.roof import Roof, expected_tokens, ridge_rows, speculative_speedup
+from minillm.course.training.corpus import held_out_texts
 from minillm.engine.engine import Engine
 from minillm.engine.trace import StepRecord
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
-from minillm.measure.roof import Roof, expected_tokens, ridge_rows, speculative_speedup
-from minillm.model.corpus import held_out_texts
 from minillm.model.tokenizer import Tokenizer
 from minillm.sampling import SamplingParams
 from minillm.speculative import SpecDecodingStats
@@ -157,9 +157,9 @@ def _serve(
 def _row(
     count: int, batch: int, timings: dict[str, Timing], records: Sequence[StepRecord], plain_step: float
 ) -> SpecRow:
-    checks = [record for record in records if any(part.num_drafts for part in record.sequences)]
-    guesses = [record.propose_time / max(part.num_drafts for part in record.sequences) for record in checks]
-    decodes = [part for record in records for part in record.sequences if part.num_computed >= part.num_prompt]
+    checks = [record for record in records if any(part.num_drafts for part in record.requests)]
+    guesses = [record.propose_time / max(part.num_drafts for part in record.requests) for record in checks]
+    decodes = [part for record in records for part in record.requests if part.num_computed >= part.num_prompt]
     return SpecRow(
         num_drafts=count,
         batch=batch,

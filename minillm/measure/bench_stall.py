@@ -18,11 +18,11 @@ from statistics import median
 from typing import Any
 
 from minillm.config import EngineConfig, ModelConfig
+from minillm.costs.roof import Roof, step_seconds
+from minillm.costs.steps import chunk_steps, decode_step
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, quartiles
-from minillm.measure.roof import Roof, step_seconds
-from minillm.measure.steps import chunk_steps, decode_step
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
 
@@ -173,7 +173,7 @@ def arrive(
     def step_until(ids: Sequence[str], count: int) -> None:
         while min(len(tokens[i]) for i in ids) < count:
             for event in engine.step():
-                tokens[event.sequence.request_id].append(event.time)
+                tokens[event.request.request_id].append(event.time)
 
     ids = [engine.add(prompt, params) for prompt in running]
     step_until(ids, QUIET_STEPS)

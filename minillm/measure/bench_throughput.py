@@ -20,7 +20,7 @@ from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
 from minillm.measure.bench_serve import ServeRun, serve
 from minillm.measure.bench_subjects import TransformersSubject
 from minillm.measure.summary import engine_summary
-from minillm.measure.workloads import Request
+from minillm.measure.workloads import SampleRequest
 from minillm.model.decoder import Decoder
 
 OURS, GENERATE, CONTINUOUS = "minillm", "transformers generate", "transformers continuous"
@@ -30,7 +30,7 @@ PAGE = 256  # tokens per block of transformers' paged cache: its default
 class Server(Protocol):
     """Something that takes requests and is done when all their tokens are there."""
 
-    def run(self, requests: Sequence[Request]) -> None:
+    def run(self, requests: Sequence[SampleRequest]) -> None:
         """Serve all requests. Raises `MinillmError` if a token is missing."""
         ...
 
@@ -43,7 +43,7 @@ class MinillmServer:
         self.runs: list[ServeRun] = []
         self._salts = count()
 
-    def run(self, requests: Sequence[Request]) -> None:
+    def run(self, requests: Sequence[SampleRequest]) -> None:
         run = serve(self.engine, requests, salt=next(self._salts))
         if errors := [served.error for served in run.served if served.error]:
             raise RequestError(errors[0])
@@ -59,12 +59,12 @@ class TransformersGenerate:
     def __init__(self, model: Any, batch_size: int) -> None:
         self.model, self.batch_size = model, batch_size
 
-    def run(self, requests: Sequence[Request]) -> None:
+    def run(self, requests: Sequence[SampleRequest]) -> None:
         for start in range(0, len(requests), self.batch_size):
             self._batch(requests[start : start + self.batch_size])
 
     @torch.inference_mode()
-    def _batch(self, requests: Sequence[Request]) -> None:
+    def _batch(self, requests: Sequence[SampleRequest]) -> None:
         width = max(len(request.prompt) for request in requests)
         new = max(request.max_tokens for request in requests)
         padding = [[0] * (width - len(request.prompt)) for request in requests]
@@ -87,7 +87,7 @@ class TransformersContinuous:
     def __init__(self, model: Any, batch_size: int, max_tokens: int) -> None:
         self.model, self.batch_size, self.max_tokens = model, batch_size, max_tokens
 
-    def run(self, requests: Sequence[Request]) -> None:
+    def run(self, requests: Sequence[SampleRequest]) -> None:
         from transformers import ContinuousBatchingConfig
 
         pages = sorted(-(-(len(r.prompt) + r.max_tokens) // PAGE) for r in requests)[-self.batch_size :]
@@ -114,7 +114,7 @@ def _collect(manager: Any, number: int) -> dict[str, int]:
     return lengths
 
 
-def _generation_config(requests: Sequence[Request], **settings: Any) -> Any:
+def _generation_config(requests: Sequence[SampleRequest], **settings: Any) -> Any:
     """Greedy, or sampling from the plain distribution at the temperature that the requests share."""
     from transformers import GenerationConfig
 
@@ -123,7 +123,7 @@ def _generation_config(requests: Sequence[Request], **settings: Any) -> Any:
     return GenerationConfig(pad_token_id=0, use_cache=True, **sampling, **settings)
 
 
-def _check(server: str, requests: Sequence[Request], lengths: Sequence[int]) -> None:
+def _check(server: str, requests: Sequence[SampleRequest], lengths: Sequence[int]) -> None:
     wanted = [request.max_tokens for request in requests]
     if list(lengths) != wanted:
         raise MinillmError(f"{server} returned {sum(lengths)} tokens of {sum(wanted)}: there is nothing to compare.")
@@ -173,7 +173,7 @@ class Throughput:
 
 def bench_throughput(
     engine: Engine,
-    requests: Sequence[Request],
+    requests: Sequence[SampleRequest],
     rivals: Mapping[str, Server] | None = None,
     *,
     repeats: int = 1,
@@ -185,7 +185,7 @@ def bench_throughput(
     """
     ours = MinillmServer(engine)
     servers: dict[str, Server] = {OURS: ours, **(rivals or {})}
-    short = [Request(request.prompt[:32], 4, request.temperature) for request in requests[:4]]
+    short = [SampleRequest(request.prompt[:32], 4, request.temperature) for request in requests[:4]]
     for name, server in servers.items():
         progress(f"{name}, warm-up")
         server.run(short)

@@ -2,7 +2,7 @@
 
     with Counter(model, kv=cache) as counted:
         extend(model, tokens, cache)
-    counted.total                               # Cost(flops, bytes): compare with minillm.measure.formulas
+    counted.total                               # Cost(flops, bytes): compare with minillm.costs.formulas
     counted.by_part(), counted.by_layer()       # where they went
     counted.peak_bytes, counted.largest         # memory of what was only needed for a while
 
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minillm.measure.formulas import Bytes
+from minillm.costs.formulas import Bytes
 from minillm.measure.operators import flops_of, name_of, storage_of, traffic_of
 
 ACTIVATIONS, WEIGHTS, KV = "activations", "weights", "kv"

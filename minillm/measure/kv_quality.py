@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from minillm.attention.naive import naive_attention
+from minillm.attention.reference import naive_attention
 from minillm.cache.contiguous import ContiguousCache, new_cache
-from minillm.cache.formats import Format, Int4
 from minillm.config import ModelConfig
+from minillm.course.training.corpus import held_out_texts
 from minillm.errors import ConfigError
-from minillm.model.corpus import held_out_texts
 from minillm.model.decoder import Attend, Decoder
 from minillm.model.tokenizer import Tokenizer
+from minillm.quantization.formats import Format, Int4
 
 PER_TOKEN = Format("int4 per token", keys=Int4(dim=-1), values=Int4(dim=-1))  # the wrong way, to be compared
 KEYS, HEAD_DIM, QUERIES = 2048, 128, 64  # of drawn keys: long enough that a step's exact block says little

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from minillm.measure.formulas import visible_pairs
+from minillm.costs.formulas import visible_pairs
 
 GATHERS = ("index_select", "embedding", "gather", "index")  # read from their first operand only what they give back
 SCATTERS = {"index_copy_": "source", "index_put_": "values", "scatter_": "src"}  # write only as much as they are given

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minillm.attention import PagedAttention, PagedLayout
+from minillm.attention import AttentionMetadata, PagedAttention
 from minillm.config import EngineConfig, ModelConfig
+from minillm.costs.steps import Step, num_tokens
 from minillm.engine.runner import open_cache
-from minillm.measure.steps import Step, num_tokens
 from minillm.model.decoder import Decoder, RMSNorm
 
 
@@ -43,7 +43,7 @@ class StepRunner:
         starts = [1 + sum(widths[:i]) for i in range(len(step))]  # block 0 is the dummy block
         self.cache = open_cache(model, replace(engine, num_blocks=1 + sum(widths)))
         self.cache.attention = attention or self.cache.attention
-        self.layout = PagedLayout.build(
+        self.layout = AttentionMetadata.build(
             [list(range(start, start + width)) for start, width in zip(starts, widths, strict=True)],
             [q_len for q_len, _ in step],
             [kv_len for _, kv_len in step],

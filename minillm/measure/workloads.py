@@ -34,7 +34,7 @@ SHAREGPT_LIMITS = 4, 1024
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """A prompt and how many tokens are wanted, no fewer and no more."""
 
     prompt: list[int]
@@ -46,10 +46,10 @@ class Request:
         """What to ask the engine for: exactly `max_tokens` tokens."""
         return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens, ignore_eos=True)
 
-    def scaled(self, factor: float) -> Request:
+    def scaled(self, factor: float) -> SampleRequest:
         """The same request with both lengths times `factor`, at least 1: the beginning of the prompt stays."""
         length, max_tokens = (max(1, round(factor * n)) for n in (len(self.prompt), self.max_tokens))
-        return Request(self.prompt[:length], max_tokens, self.temperature)
+        return SampleRequest(self.prompt[:length], max_tokens, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Workload:
             raise ConfigError(f"scale={self.scale!r}: choose a number above 0, up to 1 for the full lengths.")
         self.due()  # refuses impossible arrivals
 
-    def requests(self, vocab_size: int) -> list[Request]:
+    def requests(self, vocab_size: int) -> list[SampleRequest]:
         """Draw the requests for a model with this vocabulary."""
         drawn = _DRAW[self.name](self, random.Random(self.seed), vocab_size)
         return drawn if self.scale == 1 else [request.scaled(self.scale) for request in drawn]
@@ -114,40 +114,40 @@ class Workload:
         return {"workload": fields.pop("name"), **fields}
 
 
-def _nano_vllm(workload: Workload, rng: random.Random, vocab_size: int) -> list[Request]:
+def _nano_vllm(workload: Workload, rng: random.Random, vocab_size: int) -> list[SampleRequest]:
     def prompt() -> list[int]:
         return [rng.randint(0, NANO_VLLM_TOKENS) % vocab_size for _ in range(rng.randint(100, 1024))]
 
     prompts = [prompt() for _ in range(workload.num_prompts)]
-    return [Request(ids, rng.randint(100, 1024), temperature=0.6) for ids in prompts]
+    return [SampleRequest(ids, rng.randint(100, 1024), temperature=0.6) for ids in prompts]
 
 
-def _random(workload: Workload, rng: random.Random, vocab_size: int) -> list[Request]:
+def _random(workload: Workload, rng: random.Random, vocab_size: int) -> list[SampleRequest]:
     ends = [
         length_range(n, workload.range_ratio, workload.convention) for n in (workload.input_len, workload.output_len)
     ]
     lengths = [tuple(rng.randint(*end) for end in ends) for _ in range(workload.num_prompts)]
-    return [Request(_ids(rng, length, vocab_size), max_tokens) for length, max_tokens in lengths]
+    return [SampleRequest(_ids(rng, length, vocab_size), max_tokens) for length, max_tokens in lengths]
 
 
-def _shared_prefix(workload: Workload, rng: random.Random, vocab_size: int) -> list[Request]:
+def _shared_prefix(workload: Workload, rng: random.Random, vocab_size: int) -> list[SampleRequest]:
     prefixes = [_ids(rng, workload.prefix_len, vocab_size) for _ in range(workload.num_groups)]
     tails = _random(workload, rng, vocab_size)
-    requests = [Request(prefixes[i % len(prefixes)] + r.prompt, r.max_tokens) for i, r in enumerate(tails)]
+    requests = [SampleRequest(prefixes[i % len(prefixes)] + r.prompt, r.max_tokens) for i, r in enumerate(tails)]
     rng.shuffle(requests)
     return requests
 
 
-def _sharegpt_like(workload: Workload, rng: random.Random, vocab_size: int) -> list[Request]:
+def _sharegpt_like(workload: Workload, rng: random.Random, vocab_size: int) -> list[SampleRequest]:
     def length(mean: float, spread: float) -> int:
         low, high = SHAREGPT_LIMITS
         return min(high, max(low, round(rng.lognormvariate(math.log(mean) - spread**2 / 2, spread))))
 
     lengths = [tuple(map(length, SHAREGPT_MEANS, SHAREGPT_SPREAD)) for _ in range(workload.num_prompts)]
-    return [Request(_ids(rng, n, vocab_size), max_tokens) for n, max_tokens in lengths]
+    return [SampleRequest(_ids(rng, n, vocab_size), max_tokens) for n, max_tokens in lengths]
 
 
-_DRAW: dict[str, Callable[[Workload, random.Random, int], list[Request]]] = {
+_DRAW: dict[str, Callable[[Workload, random.Random, int], list[SampleRequest]]] = {
     "nano-vllm": _nano_vllm,
     "random": _random,
     "shared-prefix": _shared_prefix,

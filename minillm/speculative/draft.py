@@ -19,9 +19,9 @@ from minillm.cache.blocks import BlockPool, BlockTable
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
 from minillm.engine.proposer import Draft
+from minillm.engine.request import Request
 from minillm.engine.runner import ModelRunner, distributions
 from minillm.engine.scheduler import StepPlan
-from minillm.engine.sequence import Sequence
 from minillm.engine.verify import num_accepted
 from minillm.model.decoder import Decoder
 from minillm.sampling import sample
@@ -45,28 +45,28 @@ class DraftModelProposer:
             identity=(model.config, model.dtype),
             enable_prefix_caching=self.config.enable_prefix_caching,
         )
-        self._twins: dict[Sequence, Sequence] = {}
+        self._twins: dict[Request, Request] = {}
 
     @torch.inference_mode()
-    def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, Draft]:
+    def propose(self, room: Mapping[Request, int]) -> dict[Request, Draft]:
         """Up to room[sequence] tokens for each: one pass for everybody's first, one for everybody's second …
 
         A long prompt is read in chunks of `max_num_batched_tokens`; a sequence that is not level by then, that has no
         more positions, or for which blocks are lacking gets fewer drafts or none.
         """
         twins = {self._in_step(sequence): count for sequence, count in room.items()}
-        probs: dict[Sequence, list[Tensor]] = {twin: [] for twin in twins}
+        probs: dict[Request, list[Tensor]] = {twin: [] for twin in twins}
         for _ in range(max(room.values(), default=0)):
             self._pass(twins, probs)
         return {sequence: _draft(twin, probs[twin]) for sequence, twin in zip(room, twins, strict=True)}
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: Request) -> None:
         """Free the blocks of a sequence that has ended."""
         twin = self._twins.pop(sequence, None)
         if twin is not None:
             self.pool.release(twin.table)
 
-    def _in_step(self, sequence: Sequence) -> Sequence:
+    def _in_step(self, sequence: Request) -> Request:
         """The sequence's twin, holding the same tokens; KV counts as far as both have said the same.
 
         The last token is always left to be computed: what follows it is wanted.
@@ -83,7 +83,7 @@ class DraftModelProposer:
             twin.table, twin.num_computed = self.pool.open(twin.tokens, twin.salt)
         return twin
 
-    def _pass(self, twins: Mapping[Sequence, int], probs: dict[Sequence, list[Tensor]]) -> None:
+    def _pass(self, twins: Mapping[Request, int], probs: dict[Request, list[Tensor]]) -> None:
         """One run of the model: chunks for those who are behind, a draft for those who get level."""
         plan = StepPlan(self.config.max_num_batched_tokens)
         for twin, count in twins.items():
@@ -99,7 +99,7 @@ class DraftModelProposer:
         if logits is not None:
             self._draw(batch, distributions(logits, batch), probs)
 
-    def _schedule(self, plan: StepPlan, twin: Sequence, busy: Mapping[Sequence, int]) -> None:
+    def _schedule(self, plan: StepPlan, twin: Request, busy: Mapping[Request, int]) -> None:
         """Plan the next tokens of a twin, if there are budget, positions and blocks. Idle twins give up theirs."""
         end = twin.num_computed + min(twin.num_remaining, plan.budget)
         if end == twin.num_computed or end > self.runner.model.config.max_position_embeddings:
@@ -112,14 +112,14 @@ class DraftModelProposer:
         if copies is not None:
             plan.add(twin, end - twin.num_computed, copies)
 
-    def _draw(self, batch: Batch, probs: Tensor, drawn: dict[Sequence, list[Tensor]]) -> None:
+    def _draw(self, batch: Batch, probs: Tensor, drawn: dict[Request, list[Tensor]]) -> None:
         """Append a draft to each twin that got level, and keep what it was drawn from."""
         tokens = sample(probs, [self._generator(twin) for twin in batch.samplers]).tolist()
         for twin, token, row in zip(batch.samplers, tokens, probs, strict=True):
             twin.tokens.append(token)
             drawn[twin].append(row)
 
-    def _generator(self, twin: Sequence) -> Generator | None:
+    def _generator(self, twin: Request) -> Generator | None:
         """The twin's own random stream: completions count from 0 up, their twins from -1 down."""
         if twin.params.greedy:
             return None
@@ -128,12 +128,12 @@ class DraftModelProposer:
         return twin.generator
 
 
-def _unborn(sequence: Sequence) -> Sequence:
+def _unborn(sequence: Request) -> Request:
     """A twin that has heard nothing yet."""
     return replace(sequence, tokens=[], num_prompt=0, num_computed=0, table=BlockTable(), generator=None)
 
 
-def _draft(twin: Sequence, probs: list[Tensor]) -> Draft:
+def _draft(twin: Request, probs: list[Tensor]) -> Draft:
     """What a twin has just written. A greedy one has drawn nothing: it is as certain as a lookup."""
     tokens = twin.tokens[twin.num_prompt :]
     return Draft(tokens, torch.stack(probs) if tokens and not twin.params.greedy else None)

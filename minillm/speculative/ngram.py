@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from minillm.engine.proposer import Draft
-from minillm.engine.sequence import Sequence
+from minillm.engine.request import Request
 
 
 class SuffixIndex:
@@ -79,9 +79,9 @@ class NgramProposer:
 
     def __init__(self, min_match: int = 2) -> None:
         self.min_match = min_match
-        self._indices: dict[Sequence, SuffixIndex] = {}
+        self._indices: dict[Request, SuffixIndex] = {}
 
-    def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, Draft]:
+    def propose(self, room: Mapping[Request, int]) -> dict[Request, Draft]:
         """A draft of full length for each sequence whose end stands earlier in its text; none for the others."""
         drafts = {}
         for sequence, count in room.items():
@@ -90,14 +90,14 @@ class NgramProposer:
                 drafts[sequence] = Draft(continuation(sequence.tokens, index.source, count))
         return drafts
 
-    def _caught_up(self, sequence: Sequence) -> SuffixIndex:
+    def _caught_up(self, sequence: Request) -> SuffixIndex:
         """The sequence's index, grown by what is new in it."""
         index = self._indices.setdefault(sequence, SuffixIndex())
         for token in sequence.tokens[index.num_tokens :]:
             index.append(token)
         return index
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: Request) -> None:
         """Drop the index of a sequence that has ended."""
         self._indices.pop(sequence, None)
 

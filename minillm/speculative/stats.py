@@ -21,7 +21,7 @@ class SpecDecodingStats:
     @classmethod
     def of(cls, records: Iterable[StepRecord]) -> SpecDecodingStats:
         """Count what these steps guessed and accepted."""
-        parts = [part for record in records for part in record.sequences if part.num_drafts]
+        parts = [part for record in records for part in record.requests if part.num_drafts]
         longest = max((part.num_drafts for part in parts), default=0)
         return cls(
             num_drafts=len(parts),

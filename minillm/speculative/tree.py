@@ -16,15 +16,14 @@ in its blocks already, while here it must be moved together (`ContiguousCache.ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
 
-from minillm.attention.naive import masked_attention
+from minillm.attention.reference import masked_attention
 from minillm.cache.contiguous import ContiguousCache
 from minillm.generate import choose
 from minillm.model.decoder import Decoder
@@ -42,7 +41,7 @@ class TokenTree:
     parents: list[int]
 
     @classmethod
-    def of(cls, root: int, guesses: Iterable[ListLike[int]]) -> TokenTree:
+    def of(cls, root: int, guesses: Iterable[Sequence[int]]) -> TokenTree:
         """The continuations in `guesses`; what two of them begin with is there once."""
         tokens, parents, nodes = [root], [-1], dict[tuple[int, int], int]()
         for guess in guesses:
@@ -118,7 +117,7 @@ def score_tree(model: Decoder, tree: TokenTree, cache: ContiguousCache) -> Tenso
 def verify_tree(
     model: Decoder,
     tokens: list[int],
-    guesses: Iterable[ListLike[int]],
+    guesses: Iterable[Sequence[int]],
     cache: ContiguousCache,
     params: SamplingParams,
     generator: Generator | None = None,

@@ -17,13 +17,13 @@ from time import perf_counter
 import torch
 
 from minillm import LLM, SamplingParams, decode, load_model, load_tokenizer, prefill
-from minillm.claims import CLAIMS, Workbench
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.curves import curves, decode_curve, prefill_curve
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.figures.timeline import request_timeline
 from minillm.measure.counters import Counter
 from minillm.measure.units import quantity
 from minillm.outputs import RequestMetrics
-from minillm.viz.curves import curves, decode_curve, prefill_curve
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
-from minillm.viz.timeline import request_timeline
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -343,7 +343,7 @@ Then there is no gap: ITL is empty, and TPOT has nothing to divide.
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex01")
 

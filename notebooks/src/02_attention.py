@@ -14,14 +14,14 @@ tokens. This lesson computes it by hand for four tokens, then looks into a train
 import torch
 
 from minillm import load_model, load_tokenizer
-from minillm.attention.naive import attention_map, naive_attention, visible
-from minillm.claims import CLAIMS, Workbench
+from minillm.attention.reference import attention_map, naive_attention, visible
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.attention import attention_strip, head_grid, head_map
+from minillm.course.figures.curves import curves, prefill_curve
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.measure.counters import Counter
 from minillm.measure.units import quantity
 from minillm.model.shapes import named_shape
-from minillm.viz.attention import attention_strip, head_grid, head_map
-from minillm.viz.curves import curves, prefill_curve
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -137,7 +137,7 @@ def by_hand(q, k, v, mask, scale):
 | keys, values | `[kv_heads, kv_len, d]` |
 | scores, weights | `[heads, q_len, kv_len]` |
 
-The package's version is `minillm/attention/naive.py`. Both on random input, in the embedded model's shapes:
+The package's version is `minillm/attention/reference.py`. Both on random input, in the embedded model's shapes:
 """
 
 # %%
@@ -422,7 +422,7 @@ Neighbours share: query head `h` reads key head `h // group`, not `h % kv_heads`
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex02")
 
@@ -502,7 +502,7 @@ print("taking turns:", repr(write(taking_turns, text)))
   `vllm/v1/attention/backends/`.
 * **SGLang**, `python/sglang/srt/layers/radix_attention.py`: the same seam, `RadixAttention`; the backends are in `python/sglang/srt/layers/attention/`.
 * **llama.cpp**, `src/llama-graph.cpp`, `build_attn_mha`: `ggml_mul_mat`, `ggml_soft_max_ext` with the mask as a tensor, `ggml_mul_mat`.
-* **minillm**, `minillm/attention/naive.py`: one page, and the oracle of all faster versions.
+* **minillm**, `minillm/attention/reference.py`: one page, and the oracle of all faster versions.
 
 ## Three questions
 

@@ -17,19 +17,19 @@ import torch
 
 from minillm import decode, load_model, load_tokenizer, prefill
 from minillm.attention import attention
-from minillm.claims import CLAIMS, Workbench
+from minillm.costs.formulas import kv_bytes_per_token, step_flops
+from minillm.costs.steps import decode_step, prefill_step
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures import style
+from minillm.course.figures.curves import Curve, curves, decode_curve, prefill_curve
+from minillm.course.figures.recompute import cache_figure, recompute_triangle
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.generate import extend
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
-from minillm.measure.formulas import kv_bytes_per_token, step_flops
 from minillm.measure.stepper import StepRunner, weightless
-from minillm.measure.steps import decode_step, prefill_step
 from minillm.measure.units import quantity
 from minillm.model.shapes import named_shape
-from minillm.viz import style
-from minillm.viz.curves import Curve, curves, decode_curve, prefill_curve
-from minillm.viz.recompute import cache_figure, recompute_triangle
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -446,7 +446,7 @@ Positions. A new token stands at position `num_tokens`, not at 0. The first muta
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex03")
 

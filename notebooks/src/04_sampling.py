@@ -17,20 +17,20 @@ import torch
 
 from minillm import SamplingParams, load_model, load_tokenizer, prefill
 from minillm.cache.contiguous import ContiguousCache
-from minillm.claims import CLAIMS, Workbench
-from minillm.generate import choose, decode, generate
-from minillm.lab import check
-from minillm.measure.bench import interleaved
-from minillm.model.corpus import held_out_texts
-from minillm.sampling import probs_from_logits, sample
-from minillm.viz.sampling import (
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.sampling import (
     Loop,
     distribution_bars,
     entropy_trace,
     loop_trace,
     repetition,
 )
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.lab import check
+from minillm.course.training.corpus import held_out_texts
+from minillm.generate import choose, decode, generate
+from minillm.measure.bench import interleaved
+from minillm.sampling import probs_from_logits, sample
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")

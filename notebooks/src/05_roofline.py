@@ -18,25 +18,25 @@ from dataclasses import replace
 import torch
 
 from minillm import load_model
-from minillm.claims import CLAIMS, Workbench
+from minillm.costs.formulas import kv_crossover, step_bytes, step_flops, weight_bytes
+from minillm.costs.roof import Roof, linear_intensity, tpot_bound
+from minillm.costs.steps import decode_step
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.curves import curves, decode_curve
+from minillm.course.figures.regimes import ledger_growth, one_walk, regime_map
+from minillm.course.figures.roofline import roofline
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.lessons.regimes import Site
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.datasheets import DATASHEETS
-from minillm.measure.formulas import kv_crossover, step_bytes, step_flops, weight_bytes
 from minillm.measure.hardware import measure_hardware
-from minillm.measure.regimes import Site
-from minillm.measure.roof import Roof, linear_intensity, tpot_bound
 from minillm.measure.roofline import measure_roofline
 from minillm.measure.stepper import StepRunner, weightless
-from minillm.measure.steps import decode_step
 from minillm.measure.units import number, quantity
 from minillm.model.linear import Linear
 from minillm.model.loader import RandomWeights, assemble
 from minillm.model.shapes import named_shape
-from minillm.viz.curves import curves, decode_curve
-from minillm.viz.regimes import ledger_growth, one_walk, regime_map
-from minillm.viz.roofline import roofline
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 print(this_machine())
 
@@ -381,7 +381,7 @@ Are weights multiplied by the batch? They are read once per step. Are query head
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex05")
 
@@ -428,7 +428,7 @@ print(f"counted {quantity(count.total.bytes.kv_read, 'B')}, formula {quantity(ri
 * **gpt-fast**, `generate.py`: prints the bandwidth that decoding achieved, weight bytes times tokens per second.
 * **vLLM**, `vllm/v1/core/sched/scheduler.py`: a budget of tokens per step, the rows of this lesson, is what its scheduler hands out.
 * **SGLang**, `python/sglang/bench_one_batch.py`: times prefill and decode of one static batch, without a scheduler.
-* **minillm**, `minillm/measure/formulas.py` and `roof.py`: the closed forms of this lesson; `minillm roofline` draws the figure without a notebook.
+* **minillm**, `minillm/costs/formulas.py` and `roof.py`: the closed forms of this lesson; `minillm roofline` draws the figure without a notebook.
 
 ## Three questions
 

@@ -17,19 +17,19 @@ from functools import partial
 import torch
 
 from minillm import load_model, load_tokenizer
-from minillm.attention.naive import naive_attention
-from minillm.attention.sdpa import sdpa_attention
+from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import merge, tiled_attention
-from minillm.claims import CLAIMS, Workbench
+from minillm.costs.formulas import tiled_keys, tiled_pairs, visible_pairs
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.curves import curves, prefill_curve
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.figures.tiles import TileCost, softmax_strip, tile_cost, tile_order
+from minillm.kernels.cpu.sdpa import sdpa_attention
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
-from minillm.measure.formulas import tiled_keys, tiled_pairs, visible_pairs
 from minillm.measure.hardware import describe_machine
 from minillm.measure.units import quantity
 from minillm.model.shapes import named_shape
-from minillm.viz.curves import curves, prefill_curve
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
-from minillm.viz.tiles import TileCost, softmax_strip, tile_cost, tile_order
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -500,7 +500,7 @@ Both `l` *and* `out` have to shrink by `exp(m − m_new)`, before the new tile i
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex06")
 

@@ -24,15 +24,15 @@ if not HAS_GPU:
 import triton
 import triton.language as tl
 
-from minillm.attention import PagedLayout, get_backend
-from minillm.attention.naive import naive_attention
+from minillm.attention import AttentionMetadata, get_backend
+from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import merge
-from minillm.claims import CLAIMS, Workbench
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.kernels import Part, Program, kernel_speed, merge_tree, program_grid
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.units import quantity
-from minillm.viz.kernels import Part, Program, kernel_speed, merge_tree, program_grid
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 device = "cuda" if HAS_GPU else "cpu"
 generator = torch.Generator().manual_seed(7)
@@ -245,7 +245,7 @@ What would falsify it: a white tile below the diagonal, or two bands in one plac
 
 ## The package's version
 
-`minillm/attention/triton_prefill.py` is this kernel with three things more: keys are found through a block table (lesson 09), the query heads of a group are rows of one
+`minillm/kernels/gpu/prefill.py` is this kernel with three things more: keys are found through a block table (lesson 09), the query heads of a group are rows of one
 tile, so that their keys are read once, and only tiles on an edge pay for a mask. Here it is against the textbook, with grouped heads and a chunk behind a longer past.
 """
 
@@ -254,7 +254,7 @@ BLOCK = 16
 kernels = get_backend("triton", device)
 for q_len, kv_len in [(80, 80), (40, 112), (1, 96)]:
     q, pools = random(q_len, 4, 32), random(2, 2, kv_len // BLOCK, BLOCK, 32)
-    layout = PagedLayout.build(
+    layout = AttentionMetadata.build(
         [range(kv_len // BLOCK)], [q_len], [kv_len], block_size=BLOCK, device=device
     )
     ours = kernels(q, *pools, layout, scale=32**-0.5)
@@ -437,7 +437,7 @@ have one, the next cell measures on it: the package's decode kernel, one sequenc
 if HAS_GPU:
     for context in (1024, 8192, 65536):
         count = context // BLOCK
-        layout = PagedLayout.build(
+        layout = AttentionMetadata.build(
             [range(count)], [1], [context], block_size=BLOCK, device=device
         )
         q, pools = random(1, 32, 128).bfloat16(), random(2, 8, count, BLOCK, 128).bfloat16()
@@ -468,7 +468,7 @@ fold(
     f"{kv_heads} of {multiprocessors}: **{kv_heads / multiprocessors:.0%}**. Four for each "
     f"are {4 * multiprocessors} programs, so **{parts} parts** for each head, of "
     f"{triton.cdiv(context, parts)} keys. `choose_splits` in "
-    "`minillm/attention/triton_decode.py` does this sum, and makes no part shorter than 256 "
+    "`minillm/kernels/gpu/decode.py` does this sum, and makes no part shorter than 256 "
     f"keys. With {parts} sequences in the batch nothing has to be split.",
 )
 
@@ -511,7 +511,7 @@ Rows behind the last query have no key they may see, so `l` is 0. They are never
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex07")
 
@@ -566,7 +566,7 @@ for strength in (0.1, 1.0, 4.0):
 * **SGLang**, `python/sglang/srt/layers/attention/triton_ops/`: `extend_attention.py` for prompts, `decode_attention.py` in two stages, split and merge.
 * **llama.cpp**, `ggml/src/ggml-cuda/fattn.cu` chooses: `fattn-mma-f16.cuh` on tensor cores, `fattn-vec.cuh` for few queries; `flash_attn_combine_results` in `fattn-common.cuh` merges.
 * **FlashAttention**, `csrc/flash_attn/src/flash_fwd_kernel.h`: the same in CUDA, with a split version for decoding.
-* **minillm**, `minillm/attention/triton_prefill.py`, `triton_decode.py` and the loop that both share, `triton_tiles.py`. Each has a twin in PyTorch that its tests hold it against.
+* **minillm**, `minillm/kernels/gpu/prefill.py`, `triton_decode.py` and the loop that both share, `triton_tiles.py`. Each has a twin in PyTorch that its tests hold it against.
 
 ## Three questions
 

@@ -16,22 +16,22 @@ import random
 from dataclasses import replace
 
 from minillm import decode, load_model, load_tokenizer, prefill
-from minillm.claims import CLAIMS, Workbench
 from minillm.config import EngineConfig
+from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
+from minillm.costs.roof import Roof, tpot_bound
+from minillm.costs.steps import continuous_batch_steps, static_batch_steps
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.batching import batch_figure, intensity_figure
+from minillm.course.figures.curves import curves, decode_curve
+from minillm.course.figures.gantt import idle_share, seat_gantt
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.lessons.intensity import count_intensity, predict_intensity
 from minillm.engine.engine import Engine
 from minillm.measure.datasheets import DATASHEETS
-from minillm.measure.formulas import kv_bytes_per_token, matmul_parameters
 from minillm.measure.hardware import measure_hardware
-from minillm.measure.intensity import count_intensity, predict_intensity
-from minillm.measure.roof import Roof, tpot_bound
 from minillm.measure.roofline import measure_roofline
-from minillm.measure.steps import continuous_batch_steps, static_batch_steps
 from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
-from minillm.viz.batching import batch_figure, intensity_figure
-from minillm.viz.curves import curves, decode_curve
-from minillm.viz.gantt import idle_share, seat_gantt
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -104,7 +104,7 @@ def run_engine(policy, seats):
     tokens = [[] for _ in prompts]
     while engine.has_unfinished:
         for event in engine.step():
-            tokens[int(event.sequence.request_id)] += event.token_ids
+            tokens[int(event.request.request_id)] += event.token_ids
     return list(engine.trace), tokens
 
 
@@ -136,7 +136,7 @@ The sequences of a step are *packed*: their tokens lie one after the other, in o
 
 # %%
 first = continuous[0]
-lengths = [part.num_scheduled for part in first.sequences]
+lengths = [part.num_scheduled for part in first.requests]
 print(f"step 0 computes prompts of {lengths} tokens")
 print(f"packed: hidden states [{sum(lengths)}, {model.config.hidden_size}]")
 padded = len(lengths) * max(lengths)
@@ -145,10 +145,10 @@ print(
 )
 
 mixed_step = next(
-    step for step in continuous if len({part.phase for part in step.sequences}) > 1
+    step for step in continuous if len({part.phase for part in step.requests}) > 1
 )
 print(f"\nstep {mixed_step.step}, prefill and decode together:")
-for part in mixed_step.sequences:
+for part in mixed_step.requests:
     sees = f"{part.num_scheduled:2} tokens, sees {part.kv_len:2}"
     print(f"  request {part.request_id:>2}: {sees} ({part.phase})")
 
@@ -156,7 +156,7 @@ for part in mixed_step.sequences:
 """
 ## The same tokens, fewer steps
 
-Who sits beside whom must not change what anybody gets. We compare both runs with each request served *alone*, and the engine's steps with the closed forms of `minillm.measure.steps`.
+Who sits beside whom must not change what anybody gets. We compare both runs with each request served *alone*, and the engine's steps with the closed forms of `minillm.costs.steps`.
 (The first token comes out of prefill, so a request takes as many steps as it wants tokens.)
 """
 
@@ -363,7 +363,7 @@ The first token comes out of prefill. After it, the request wants one less.
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex08")
 
@@ -412,7 +412,7 @@ for mutant in (False, True):
     written = {request: [] for request in ids}
     while engine.has_unfinished:
         for event in engine.step():
-            written[event.sequence.request_id] += event.token_ids
+            written[event.request.request_id] += event.token_ids
     for text, tokens in zip(texts, written.values(), strict=True):
         name = "mutant" if mutant else "right"
         print(f"{name:6} …{text[-12:]!r:>16} {tokenizer.decode(tokens)!r}")

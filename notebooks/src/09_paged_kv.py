@@ -17,20 +17,20 @@ import random
 import torch
 
 from minillm import load_model, load_tokenizer
-from minillm.attention import PagedLayout, paged_attention, write_kv
-from minillm.cache.snapshot import PoolSnapshot
-from minillm.claims import CLAIMS, Workbench
+from minillm.attention import AttentionMetadata, paged_attention, write_kv
 from minillm.config import EngineConfig
+from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.blocks import block_map, pool_strip
+from minillm.course.figures.memory import paging_figure
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.lessons.paging import measure_paging
 from minillm.engine.engine import Engine
 from minillm.measure.bench import interleaved, pair_ratio
-from minillm.measure.formulas import kv_bytes_per_token, matmul_parameters
-from minillm.measure.paging import measure_paging
+from minillm.measure.snapshot import PoolSnapshot
 from minillm.measure.workloads import Workload
 from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
-from minillm.viz.blocks import block_map, pool_strip
-from minillm.viz.memory import paging_figure
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -135,7 +135,7 @@ while step == 0 or engine.has_unfinished:
             params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
             engine.add(tokenizer.encode(text), params, request_id=name)
     for event in engine.step():
-        written[event.sequence.request_id] += event.token_ids
+        written[event.request.request_id] += event.token_ids
     frames.append(snapshot(engine))
     step += 1
 print(f"{len(frames)} steps. Tables after step 18:")
@@ -215,7 +215,9 @@ k_pool, v_pool = (torch.zeros(kv_heads, num_blocks, size, head_dim) for _ in ran
 k, v = (torch.randn(length, kv_heads, head_dim, generator=generator) for _ in range(2))
 query = torch.randn(1, heads, head_dim, generator=generator)
 
-write_kv(k, v, k_pool, v_pool, PagedLayout.build([table], [length], [length], block_size=size))
+write_kv(
+    k, v, k_pool, v_pool, AttentionMetadata.build([table], [length], [length], block_size=size)
+)
 
 
 def read_attention(query, k_pool, v_pool, table, length):
@@ -228,7 +230,7 @@ def read_attention(query, k_pool, v_pool, table, length):
     return (weights @ values).view(-1, head_dim)
 
 
-layout = PagedLayout.build([table], [1], [length], block_size=size)
+layout = AttentionMetadata.build([table], [1], [length], block_size=size)
 ours = read_attention(query[0], k_pool, v_pool, table, length)
 theirs = paged_attention(query, k_pool, v_pool, layout, scale=head_dim**-0.5)[0]
 print(f"largest difference: {(ours - theirs).abs().max():.1e}")
@@ -247,7 +249,7 @@ for size in (1, 16, 256):
         other.add(tokenizer.encode(text), params, request_id=name)
     while other.has_unfinished:
         for event in other.step():
-            tokens[event.sequence.request_id] += event.token_ids
+            tokens[event.request.request_id] += event.token_ids
     print(f"blocks of {size:3}: the same tokens as above: {tokens == written}")
 
 # %% [markdown]
@@ -318,7 +320,7 @@ def one_layer(size, shuffled):
     tables = [numbers[i * needed : (i + 1) * needed] for i in range(batch)]
     shape = (config.num_kv_heads, 1 + batch * needed, size, config.head_dim)
     keys, values = torch.randn(shape), torch.randn(shape)
-    layout = PagedLayout.build(tables, [1] * batch, [context] * batch, block_size=size)
+    layout = AttentionMetadata.build(tables, [1] * batch, [context] * batch, block_size=size)
     return lambda: paged_attention(q, keys, values, layout, scale=config.head_dim**-0.5)
 
 
@@ -413,7 +415,7 @@ You read places behind the last token. They hold what somebody else left there. 
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex09")
 
@@ -434,7 +436,7 @@ def write_two(tables, prompts, new=16):
     texts, starts = [list(prompt) for prompt in prompts], [0, 0]
     for _ in range(new):
         spans = [range(start, len(text)) for start, text in zip(starts, texts, strict=True)]
-        layout = PagedLayout.build(
+        layout = AttentionMetadata.build(
             tables, [len(span) for span in spans], [len(text) for text in texts], block_size=8
         )
         tokens = [text[p] for text, span in zip(texts, spans, strict=True) for p in span]

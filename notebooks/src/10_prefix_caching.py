@@ -16,20 +16,20 @@ import random
 
 from minillm import load_model, load_tokenizer
 from minillm.cache import blocks
-from minillm.cache.snapshot import PoolSnapshot
-from minillm.claims import CLAIMS, Workbench
 from minillm.config import EngineConfig
+from minillm.costs.formulas import kv_bytes_per_token, step_flops
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.curves import curves, prefill_curve
+from minillm.course.figures.prefix import hit_figure, prefix_trees
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.engine.engine import Engine
 from minillm.measure.bench_prefix import bench_prefix
 from minillm.measure.bench_serve import serve
-from minillm.measure.formulas import kv_bytes_per_token, step_flops
+from minillm.measure.snapshot import PoolSnapshot
 from minillm.measure.units import quantity
 from minillm.measure.workloads import Workload
 from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
-from minillm.viz.curves import curves, prefill_curve
-from minillm.viz.prefix import hit_figure, prefix_trees
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -112,8 +112,8 @@ for step in range(20):
         params = SamplingParams(temperature=0, max_tokens=new_tokens[name], ignore_eos=True)
         engine.add(tokenizer.encode(beginning + endings[name]), params, request_id=name)
     for event in engine.step():
-        written.setdefault(event.sequence.request_id, []).extend(event.token_ids)
-        cached[event.sequence.request_id] = event.sequence.num_cached
+        written.setdefault(event.request.request_id, []).extend(event.token_ids)
+        cached[event.request.request_id] = event.request.num_cached
     frames.append(snapshot(engine))
 for name, ending in endings.items():
     prompt = len(tokenizer.encode(beginning + ending))
@@ -146,7 +146,7 @@ for name, ending in endings.items():
     plain.add(tokenizer.encode(beginning + ending), params, request_id=name)
 while plain.has_unfinished:
     for event in plain.step():
-        alone.setdefault(event.sequence.request_id, []).extend(event.token_ids)
+        alone.setdefault(event.request.request_id, []).extend(event.token_ids)
 print("the same tokens without a prefix cache:", alone == written)
 
 # %% [markdown]
@@ -365,7 +365,7 @@ When you write into a block whose count is above 1: take a new block, copy, lowe
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex10")
 
@@ -409,7 +409,7 @@ def third_text(name_class):
             while engine.has_unfinished:
                 for event in engine.step():
                     written += event.token_ids
-        return tokenizer.decode(written), event.sequence.num_cached
+        return tokenizer.decode(written), event.request.num_cached
     finally:
         blocks.Prefix = right
 
@@ -438,7 +438,7 @@ def complete(forget):
     tokens = [[], [], []]
     while engine.has_unfinished:
         for event in engine.step():
-            tokens[event.sequence.index] += event.token_ids
+            tokens[event.request.index] += event.token_ids
     return [tokenizer.decode(completion) for completion in tokens]
 
 

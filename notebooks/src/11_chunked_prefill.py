@@ -17,25 +17,25 @@ import torch
 
 from minillm import load_model, load_tokenizer, prefill
 from minillm.cache.contiguous import ContiguousCache
-from minillm.claims import CLAIMS, Workbench
 from minillm.config import EngineConfig
+from minillm.costs.formulas import kv_bytes_per_token
+from minillm.costs.roof import Roof, step_seconds
+from minillm.costs.steps import chunk_steps, decode_step
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.curves import curves, decode_curve, prefill_curve
+from minillm.course.figures.gantt import budget_figure
+from minillm.course.figures.serving import stall_figure
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.engine.engine import Engine
 from minillm.generate import extend
 from minillm.measure.bench_serve import serve
 from minillm.measure.bench_stall import StallBench
 from minillm.measure.datasheets import DATASHEETS
-from minillm.measure.formulas import kv_bytes_per_token
 from minillm.measure.hardware import measure_hardware
-from minillm.measure.roof import Roof, step_seconds
-from minillm.measure.steps import chunk_steps, decode_step
 from minillm.measure.summary import summarize
 from minillm.measure.workloads import Workload
 from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
-from minillm.viz.curves import curves, decode_curve, prefill_curve
-from minillm.viz.gantt import budget_figure
-from minillm.viz.serving import stall_figure
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -114,7 +114,7 @@ def run_engine(policy, budget, num_blocks=100, new=24):
                 params = SamplingParams(temperature=0, max_tokens=wanted, ignore_eos=True)
                 engine.add(ids, params, request_id=name)
         for event in engine.step():
-            tokens[event.sequence.request_id] += event.token_ids
+            tokens[event.request.request_id] += event.token_ids
         if not engine.has_unfinished:
             return list(engine.trace), tokens
 
@@ -148,7 +148,7 @@ nothing but two numbers: new tokens (`q_len`) and tokens that the last of them s
 # %%
 print("request E:  step  q_len  kv_len  phase    draws a token")
 for record in chunked:
-    for part in record.sequences:
+    for part in record.requests:
         if part.request_id == "E" and record.step < 14:
             print(
                 f"{record.step:16} {part.num_scheduled:6} {part.kv_len:7}  {part.phase:8} "
@@ -330,7 +330,7 @@ scarce, scarce_tokens = run_engine("mixed", 48, num_blocks=11, new=48)
 preempted = [(record.step, record.preempted) for record in scarce if record.preempted]
 computed = Tally()
 for record in scarce:
-    for part in record.sequences:
+    for part in record.requests:
         computed["again"] += part.num_recomputed
         computed["in all"] += part.num_scheduled
 print("preempted:", preempted)
@@ -427,7 +427,7 @@ The youngest first, and all of its blocks. Stop as soon as there are enough. Nev
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex11")
 
@@ -442,7 +442,7 @@ check("ex11")
 for policy in ("mixed", "prefill_first"):
     trace, _ = run_engine(policy, 48)
     takes_part = [
-        any(part.request_id == "A" and part.phase == "decode" for part in record.sequences)
+        any(part.request_id == "A" and part.phase == "decode" for part in record.requests)
         for record in trace[6:13]
     ]
     print(

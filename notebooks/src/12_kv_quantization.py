@@ -15,18 +15,18 @@ import torch
 
 from minillm import SamplingParams, load_model, load_tokenizer
 from minillm.cache.contiguous import new_cache
-from minillm.cache.formats import FORMATS, Format, Int4, PerToken8
-from minillm.claims import CLAIMS, Workbench
+from minillm.costs.formulas import format_element_bytes, step_bytes
+from minillm.costs.roof import quantized_speedup
+from minillm.costs.steps import decode_step
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.formats import format_figure, quality_figure
+from minillm.course.figures.quantization import level_figure
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.generate import extend, generate
 from minillm.measure.bench_kv import bench_kv, bench_quality
-from minillm.measure.formulas import format_element_bytes, step_bytes
 from minillm.measure.kv_quality import held_out_rows, perplexity, trained_samples
-from minillm.measure.roof import quantized_speedup
-from minillm.measure.steps import decode_step
 from minillm.model.shapes import named_shape
-from minillm.viz.formats import format_figure, quality_figure
-from minillm.viz.quantization import level_figure
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
+from minillm.quantization.formats import FORMATS, Format, Int4, PerToken8
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -378,7 +378,7 @@ fall further.
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex12")
 
@@ -444,7 +444,7 @@ A scale per token follows its numbers wherever they are. A unit scale is right b
 * **llama.cpp**, `-ctk q8_0 -ctv q8_0` and others: keys and values are stored in the formats of its weights, groups of 32 numbers of one token with a scale.
 * **transformers**, `src/transformers/cache_utils.py`: `QuantizedLayer` keeps the newest tokens exact, as our tails do, and decodes everything before each
   step: it saves memory, not time.
-* **minillm**: `minillm/cache/formats.py` for the codes, `minillm/cache/tails.py` for the newest keys, `minillm/attention/quantized.py` for reading; the Triton kernels decode
+* **minillm**: `minillm/quantization/formats.py` for the codes, `minillm/quantization/tails.py` for the newest keys, `minillm/quantization/attention.py` for reading; the Triton kernels decode
   a tile when they load it.
 
 ## Three questions

@@ -15,28 +15,33 @@ that the text stays exactly the same, and measures what it buys and where it los
 import torch
 
 from minillm import SamplingParams, load_model, load_tokenizer, prefill
-from minillm.claims import CLAIMS, Workbench
 from minillm.config import EngineConfig
+from minillm.costs.roof import Roof, expected_tokens, speculative_speedup, step_seconds
+from minillm.costs.steps import verify_step
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures import style
+from minillm.course.figures.curves import Curve, curves
+from minillm.course.figures.lanes import verification_lanes
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.figures.speculation import (
+    Sweep,
+    acceptance_lengths,
+    output_distributions,
+    speedups,
+)
+from minillm.course.lab import check
+from minillm.course.lessons.rounds import rounds
 from minillm.engine.engine import Engine
 from minillm.engine.verify import given_draft, num_accepted
 from minillm.generate import generate
-from minillm.lab import check
 from minillm.measure.bench import interleaved
 from minillm.measure.bench_spec import bench_prompts, bench_spec, crossover_batch
 from minillm.measure.datasheets import DATASHEETS
-from minillm.measure.roof import Roof, expected_tokens, speculative_speedup, step_seconds
 from minillm.measure.stepper import StepRunner
-from minillm.measure.steps import verify_step
 from minillm.model.shapes import named_shape
 from minillm.sampling import probs_from_logits
 from minillm.speculative import SpecDecodingStats, attach
-from minillm.speculative.rounds import rounds
 from minillm.speculative.tree import verify_tree
-from minillm.viz import style
-from minillm.viz.curves import Curve, curves
-from minillm.viz.lanes import verification_lanes
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
-from minillm.viz.speculation import Sweep, acceptance_lengths, output_distributions, speedups
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 small = load_model("tiny-draft", device="cpu", dtype="float32", progress=False)
@@ -159,7 +164,7 @@ back by a counter.
 """
 
 # %%
-part = next(part for record in engine.trace for part in record.sequences if part.num_drafts)
+part = next(part for record in engine.trace for part in record.requests if part.num_drafts)
 print(f"tokens in the cache before the step: {part.num_computed}")
 print(
     f"tokens of the step [1 + k]:          {part.num_scheduled}, of them {part.num_drafts} drafts"

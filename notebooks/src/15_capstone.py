@@ -17,26 +17,26 @@ from collections import defaultdict
 from pathlib import Path
 
 from minillm import LLM, load_model
-from minillm.claims import CLAIMS, Workbench
 from minillm.config import EngineConfig
+from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
+from minillm.costs.roof import Roof, step_seconds
+from minillm.costs.steps import decode_step, prefill_step
+from minillm.course.claims import CLAIMS, Workbench
+from minillm.course.figures.curves import curves, decode_curve, prefill_curve
+from minillm.course.figures.dashboard import load_dashboard
+from minillm.course.figures.gantt import seat_gantt
+from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.engine.engine import Engine
 from minillm.errors import LearnerError
 from minillm.generate import generate
 from minillm.measure.bench import quartiles
 from minillm.measure.datasheets import DATASHEETS
-from minillm.measure.formulas import kv_bytes_per_token, matmul_parameters
 from minillm.measure.hardware import measure_hardware
-from minillm.measure.roof import Roof, step_seconds
 from minillm.measure.roofline import measure_roofline
-from minillm.measure.steps import decode_step, prefill_step
 from minillm.measure.workloads import Workload
 from minillm.model.shapes import named_shape
 from minillm.outputs import RequestMetrics
 from minillm.sampling import SamplingParams
-from minillm.viz.curves import curves, decode_curve, prefill_curve
-from minillm.viz.dashboard import load_dashboard
-from minillm.viz.gantt import seat_gantt
-from minillm.viz.show import explore, fold, predict, show, show_card, this_machine
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 config = model.config
@@ -118,7 +118,7 @@ def run_load(blocks):
         engine.add(request.prompt, request.params, request_id=name)
     while engine.has_unfinished:
         for event in engine.step():
-            name = event.sequence.request_id
+            name = event.request.request_id
             tokens[name] += event.token_ids
             metrics[name].token_times[0] += [event.time] * len(event.token_ids)
     return engine, tokens, metrics
@@ -203,17 +203,17 @@ A step is a list of pairs, new tokens and keys seen. All new tokens lie side by 
 mixed = next(
     record
     for record in engine.trace
-    if len({part.phase for part in record.sequences}) > 1 and len(record.sequences) > 3
+    if len({part.phase for part in record.requests}) > 1 and len(record.requests) > 3
 )
 print(f"step {mixed.step}: request  q_len  kv_len  blocks  phase")
-for part in mixed.sequences:
+for part in mixed.requests:
     print(
         f"{part.request_id:>15} {part.num_scheduled:6} {part.kv_len:7} {len(part.blocks):7}"
         f"  {part.phase}"
     )
-rows = sum(part.num_scheduled for part in mixed.sequences)
+rows = sum(part.num_scheduled for part in mixed.requests)
 print(f"hidden states [{rows}, {config.hidden_size}], one row per token of anybody")
-print(f"logits [{sum(part.num_samples for part in mixed.sequences)}, {config.vocab_size}]")
+print(f"logits [{sum(part.num_samples for part in mixed.requests)}, {config.vocab_size}]")
 
 # %% [markdown]
 """
@@ -225,8 +225,8 @@ Every step has a bound: its FLOPs over the machine's FLOP/s, or its bytes over b
 # %%
 steps = {"decode": defaultdict(list), "prompt": defaultdict(list)}
 for record in [record for run in runs.values() for record in run[0].trace]:
-    pairs = [(part.num_scheduled, part.kv_len) for part in record.sequences]
-    kind = "decode" if all(part.phase == "decode" for part in record.sequences) else "prompt"
+    pairs = [(part.num_scheduled, part.kv_len) for part in record.requests]
+    kind = "decode" if all(part.phase == "decode" for part in record.requests) else "prompt"
     bound = step_seconds(config, pairs, 4, roof)
     steps[kind][record.num_tokens].append((record.run_time, bound))
 points = {
@@ -383,7 +383,7 @@ Push out the youngest, the last of the running ones, and put it at the head of t
 """
 
 # %%
-from minillm.lab import check
+from minillm.course.lab import check
 
 check("ex15")
 

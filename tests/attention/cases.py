@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minillm.attention import PagedLayout
+from minillm.attention import AttentionMetadata
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Packed:
     q: Tensor
     k_pool: Tensor
     v_pool: Tensor
-    layout: PagedLayout
+    layout: AttentionMetadata
 
     def check(self, out: Tensor, lse: Tensor | None = None) -> None:
         """Raise AssertionError unless each sequence's output (and log-sum-exp) is that of the sequence alone."""
@@ -155,7 +155,7 @@ def pack(
         for position in range(case.kv_len):
             block, offset = table[position // block_size], position % block_size
             k_pool[:, block, offset], v_pool[:, block, offset] = k[:, position], v[:, position]
-    layout = PagedLayout.build(
+    layout = AttentionMetadata.build(
         tables, [case.q_len for case in cases], [case.kv_len for case in cases], block_size=block_size
     )
     return Packed(cases, tables, torch.cat(queries), k_pool, v_pool, layout)

@@ -17,19 +17,18 @@ from torch import Tensor
 
 from minillm.attention import (
     LOSES,
+    AttentionMetadata,
     PagedAttention,
-    PagedLayout,
-    contiguous,
     get_backend,
-    grouped,
-    layout,
-    naive,
     paged,
     write_kv,
 )
-from minillm.attention.grouped import CpuPlan
+from minillm.attention import metadata as layout
+from minillm.attention import reference as naive
 from minillm.attention.paged import attend_spans, paged_attention
 from minillm.errors import ConfigError
+from minillm.kernels.cpu import contiguous, grouped
+from minillm.kernels.cpu.grouped import CpuPlan
 from tests.attention.cases import BATCHES, Case, Packed, mutant, pack, rejected
 
 CPU_BACKENDS = {name: get_backend(name, "cpu") for name in LOSES if name != "triton"}
@@ -95,7 +94,7 @@ def test_sequences_may_share_blocks() -> None:
     case = Case(1, 600, heads=6, kv_heads=2)
     one = pack([case])
     table, (q, _, _) = one.tables[0], case.tensors(torch.float32)
-    shared = PagedLayout.build([table, table, table[:100]], [1, 1, 1], [600, 600, 400], block_size=4)
+    shared = AttentionMetadata.build([table, table, table[:100]], [1, 1, 1], [600, 600, 400], block_size=4)
     batch = Packed([case], [table], torch.cat([q, q, q]), one.k_pool, one.v_pool, shared)
     out = attend(paged_attention, batch)
     one.check(out[:1])
@@ -105,9 +104,9 @@ def test_sequences_may_share_blocks() -> None:
     torch.testing.assert_close(out[2:], shorter)
 
 
-def tokens_as_blocks(kv_len: int) -> PagedLayout:
+def tokens_as_blocks(kv_len: int) -> AttentionMetadata:
     """A contiguous sequence is a paged one: each token a block of its own, all neighbours."""
-    return PagedLayout.build([list(range(kv_len))], [1], [kv_len], block_size=1)
+    return AttentionMetadata.build([list(range(kv_len))], [1], [kv_len], block_size=1)
 
 
 def test_decodes_are_grouped_with_little_padding() -> None:
@@ -140,7 +139,7 @@ def test_a_layer_plans_once_per_step() -> None:
 
 def test_layout_of_a_mixed_batch() -> None:
     """By hand: a chunk of 3 behind 4 tokens, a decode, and a padding row of 2 without keys; blocks of 4."""
-    built = PagedLayout.build([[5, 2], [7, 9, 1], []], [3, 1, 2], [7, 5, 0], block_size=4)
+    built = AttentionMetadata.build([[5, 2], [7, 9, 1], []], [3, 1, 2], [7, 5, 0], block_size=4)
     assert built.slot_mapping.tolist() == [2 * 4 + 0, 2 * 4 + 1, 2 * 4 + 2, 9 * 4 + 0, 2, 3]
     assert built.block_tables.tolist() == [[5, 2], [7, 9], [0, 0]]
     assert built.cu_seqlens_q.tolist() == [0, 3, 4, 6] and built.seq_lens.tolist() == [7, 5, 0]
@@ -151,16 +150,18 @@ def test_layout_of_a_mixed_batch() -> None:
 
 def test_a_table_that_is_too_short_is_refused() -> None:
     with pytest.raises(ConfigError, match="cannot hold 9 tokens; 3 blocks are needed"):
-        PagedLayout.build([[1, 2]], [1], [9], block_size=4)
+        AttentionMetadata.build([[1, 2]], [1], [9], block_size=4)
 
 
 def test_an_empty_batch() -> None:
     pool = torch.zeros(1, 2, 4, 8)
-    out = paged_attention(torch.zeros(0, 2, 8), pool, pool, PagedLayout.build([], [], [], block_size=4), scale=1.0)
+    out = paged_attention(
+        torch.zeros(0, 2, 8), pool, pool, AttentionMetadata.build([], [], [], block_size=4), scale=1.0
+    )
     assert out.shape == (0, 2, 8)
 
 
-def check_writing(write: Any, build: Any = PagedLayout.build, batches: Iterable[str] = BATCHES) -> None:
+def check_writing(write: Any, build: Any = AttentionMetadata.build, batches: Iterable[str] = BATCHES) -> None:
     """Written through the slots, the pools equal those laid down by plain indexing; nothing else is touched.
 
     Memory before the pools is ours as well: a negative slot shows there, or in the head before.
@@ -188,7 +189,7 @@ def test_writing() -> None:
     check_writing(write_kv)
 
 
-def run_all(backend: PagedAttention, build: Any = PagedLayout.build) -> None:
+def run_all(backend: PagedAttention, build: Any = AttentionMetadata.build) -> None:
     for cases in BATCHES.values():
         for order in ("shuffled", "adjacent"):
             batch = pack(cases, order=order)
@@ -217,7 +218,7 @@ def test_the_oracle_rejects(module: ModuleType, old: str, new: str, tmp_path: Pa
     wrong = mutant(module, old, new, tmp_path)
     monkeypatch.setattr(paged, "CpuPlan", getattr(wrong, "CpuPlan", paged.CpuPlan))
     monkeypatch.setattr(paged, "oldest_key", getattr(wrong, "oldest_key", paged.oldest_key))
-    build = wrong.PagedLayout.build if module is layout else PagedLayout.build
+    build = wrong.AttentionMetadata.build if module is layout else AttentionMetadata.build
     assert rejected(partial(run_all, paged_attention, build))
 
 
@@ -248,8 +249,8 @@ def test_writing_rejects(old: str, new: str, tmp_path: Path) -> None:
     wrong = mutant(layout, old, new, tmp_path)
 
     def run() -> None:
-        check_writing(write_kv, wrong.PagedLayout.build)
-        chunk = wrong.PagedLayout.build([[5, 2]], [3], [7], block_size=4)
+        check_writing(write_kv, wrong.AttentionMetadata.build)
+        chunk = wrong.AttentionMetadata.build([[5, 2]], [3], [7], block_size=4)
         assert chunk.slot_mapping.tolist() == [8, 9, 10]
 
     assert rejected(run)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minillm.attention import tiled
-from minillm.attention.naive import naive_attention
+from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import TileStep, merge, tiled_attention
 from tests.attention.cases import CASES, Case, check, exact_attention, expected, mutant, rejected
 

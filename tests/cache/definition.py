@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillm.attention.naive import NEG_INF, visible
-from minillm.cache.formats import Codec, Format
+from minillm.attention.reference import NEG_INF, visible
+from minillm.quantization.formats import Codec, Format
 
 
 def as_stored(codec: Codec, x: Tensor, block_size: int) -> Tensor:

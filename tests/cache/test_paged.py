@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.attention import PagedLayout, attention, paged_attention
+from minillm.attention import AttentionMetadata, attention, paged_attention
 from minillm.cache.paged import PagedCache, block_bytes, choose_num_blocks
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError
@@ -50,7 +50,7 @@ def test_trap_33_attend_takes_slices_of_a_fused_projection_and_writes_first() ->
     for start, end in (((0, 0), cut), (cut, lengths)):
         packed = torch.cat([qkv[a:b] for qkv, a, b in zip(fused, start, end, strict=True)]).split([6, 2, 2], dim=1)
         q_lens = [b - a for a, b in zip(start, end, strict=True)]
-        layout = PagedLayout.build(tables, q_lens, list(end), block_size=4)
+        layout = AttentionMetadata.build(tables, q_lens, list(end), block_size=4)
         outputs.append(cache.attend(layout)(1, *packed).split(q_lens))
     for i in range(2):
         want = attention(q[i], k[i].transpose(0, 1), v[i].transpose(0, 1), scale=8**-0.5)

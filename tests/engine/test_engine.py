@@ -38,7 +38,7 @@ def run(engine: Engine) -> list[TokenEvent]:
 
 
 def tokens_of(events: list[TokenEvent], request_id: str, index: int = 0) -> list[int]:
-    mine = [e for e in events if (e.sequence.request_id, e.sequence.index) == (request_id, index)]
+    mine = [e for e in events if (e.request.request_id, e.request.index) == (request_id, index)]
     return [token for event in mine for token in event.token_ids]
 
 
@@ -68,8 +68,8 @@ def test_trap_1_a_known_prompt_costs_one_token_and_gives_the_same_logits(length:
         assert event.logprobs is not None and event.logprobs[0] is not None
         for token, candidate in event.logprobs[0].items():
             assert candidate.logprob == pytest.approx(float(scores[token]), abs=1e-5)
-    assert event.sequence.num_cached == min(length // 4 * 4, length - 1)
-    assert engine.trace[-1].num_tokens == length - event.sequence.num_cached
+    assert event.request.num_cached == min(length // 4 * 4, length - 1)
+    assert engine.trace[-1].num_tokens == length - event.request.num_cached
 
 
 def test_prefill_work_falls_with_the_share_that_hits() -> None:
@@ -170,15 +170,15 @@ def test_reasons_and_times() -> None:
     engine.add(random_prompt(5), endless, arrival_time=1.5)
     engine.add(random_prompt(5), stop)
     events = run(engine)
-    assert [e.finish_reason for e in events if e.sequence.request_id == "0"] == [None] * 5 + ["length"]
-    stopped = [e for e in events if e.sequence.request_id == "1"][-1]
+    assert [e.finish_reason for e in events if e.request.request_id == "0"] == [None] * 5 + ["length"]
+    stopped = [e for e in events if e.request.request_id == "1"][-1]
     where = greedy.index(greedy[2])
-    assert (stopped.finish_reason, stopped.sequence.stop_reason) == ("stop", greedy[2])
+    assert (stopped.finish_reason, stopped.request.stop_reason) == ("stop", greedy[2])
     assert tokens_of(events, "1") == greedy[: where + 1]
     assert events[0].sequence.arrival_time == 1.5
     times = [event.time for event in events]
     assert times == sorted(times)
-    assert all(e.sequence.arrival_time <= e.sequence.first_scheduled_time <= e.time for e in events)
+    assert all(e.request.arrival_time <= e.request.first_scheduled_time <= e.time for e in events)
 
 
 def test_the_models_end_token_ends_a_completion_without_a_stop_reason() -> None:
@@ -187,7 +187,7 @@ def test_the_models_end_token_ends_a_completion_without_a_stop_reason() -> None:
     engine = make_engine(random_model(eos_token_id=[130, token]))
     engine.add(random_prompt(5), SamplingParams(temperature=0))
     (event,) = run(engine)
-    assert (event.token_ids, event.finish_reason, event.sequence.stop_reason) == ([token], "stop", None)
+    assert (event.token_ids, event.finish_reason, event.request.stop_reason) == ([token], "stop", None)
 
 
 class HostReads(TorchDispatchMode):

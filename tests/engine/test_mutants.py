@@ -14,21 +14,21 @@ from minillm.cache.paged import PagedCache
 from minillm.config import POLICIES
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine
+from minillm.engine.request import Request
 from minillm.engine.runner import ModelRunner
 from minillm.engine.scheduler import Scheduled, Scheduler, StepPlan
-from minillm.engine.sequence import Sequence
 from tests.engine import scripted, test_fuzz
 from tests.engine.workloads import compare, play, random_workload
 
 NUM_SEEDS = 150
 
 
-def _always_samples(self: StepPlan, sequence: Sequence, num_tokens: int, copies: list[tuple[int, int]]) -> None:
+def _always_samples(self: StepPlan, sequence: Request, num_tokens: int, copies: list[tuple[int, int]]) -> None:
     self.scheduled[sequence] = Scheduled(sequence, num_tokens, copies, [sequence, *sequence.spawn()])
     self.budget -= num_tokens
 
 
-def _preempt(wrong: Callable[[Sequence], object]) -> Callable[..., None]:
+def _preempt(wrong: Callable[[Request], object]) -> Callable[..., None]:
     """Preemption that does something wrong to its victim."""
     right = Scheduler._preempt_youngest
 
@@ -48,7 +48,7 @@ def _preempt_oldest(self: Scheduler, plan: StepPlan) -> None:
 _right_preempt = Scheduler._preempt_youngest
 
 
-def _finish_at_once(self: Scheduler, sequence: Sequence, reason: Any, stop_reason: str | None = None) -> None:
+def _finish_at_once(self: Scheduler, sequence: Request, reason: Any, stop_reason: str | None = None) -> None:
     if not sequence.finished:
         sequence.finish_reason = reason
         self._retire(sequence)
@@ -73,7 +73,7 @@ def _named_when_scheduled(self: Scheduler) -> StepPlan:
 _right_schedule = Scheduler.schedule
 
 
-def _budget_before_the_hit(self: Scheduler, plan: StepPlan, sequence: Sequence) -> bool:
+def _budget_before_the_hit(self: Scheduler, plan: StepPlan, sequence: Request) -> bool:
     num_tokens = min(sequence.num_remaining, plan.budget)
     table, start = self.pool.open(sequence.tokens, sequence.salt)
     copies = self.pool.prepare(table, start, sequence.num_tokens)
@@ -117,7 +117,7 @@ SCHEDULING: dict[str, tuple[type, str, Any]] = {
     "trap 17: the budget ignores the hit": (Scheduler, "_start", _budget_before_the_hit),
     "trap 18: chunks are sampled from": (StepPlan, "add", _always_samples),
     "trap 19: whoever has output decodes": (
-        Sequence,
+        Request,
         "num_remaining",
         property(lambda self: 1 if self.num_generated else len(self.tokens) - self.num_computed),
     ),
@@ -149,7 +149,7 @@ def test_the_scripted_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -
                 )
 
 
-def _one_stream_for_all(self: ModelRunner, sequence: Sequence) -> torch.Generator | None:
+def _one_stream_for_all(self: ModelRunner, sequence: Request) -> torch.Generator | None:
     if sequence.params.greedy:
         return None
     if not hasattr(self, "shared"):
@@ -157,7 +157,7 @@ def _one_stream_for_all(self: ModelRunner, sequence: Sequence) -> torch.Generato
     return self.shared  # type: ignore[attr-defined,no-any-return]
 
 
-def _same_stream_for_each_completion(self: ModelRunner, sequence: Sequence) -> torch.Generator | None:
+def _same_stream_for_each_completion(self: ModelRunner, sequence: Request) -> torch.Generator | None:
     if not sequence.params.greedy and sequence.generator is None:
         sequence.generator = sequence.params.generator(0, sequence.seed)
     return sequence.generator

@@ -25,7 +25,7 @@ def greedy(max_tokens: int = 4, **options: Any) -> SamplingParams:
 
 def collect(events: list[TokenEvent], got: Completions) -> None:
     for event in events:
-        got.setdefault((event.sequence.request_id, event.sequence.index), []).extend(event.token_ids)
+        got.setdefault((event.request.request_id, event.request.index), []).extend(event.token_ids)
 
 
 def run(engine: Engine, max_steps: int = 2000) -> Completions:
@@ -40,7 +40,7 @@ def run(engine: Engine, max_steps: int = 2000) -> Completions:
 
 
 def scheduled(record: StepRecord) -> dict[str, int]:
-    return {part.request_id: part.num_scheduled for part in record.sequences}
+    return {part.request_id: part.num_scheduled for part in record.requests}
 
 
 # --- admission -------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_trap_16_max_num_seqs_counts_all_who_run() -> None:
     for _ in range(6):
         engine.add([1, 2, 3], greedy(5))
     run(engine)
-    assert max(len(record.sequences) for record in engine.trace) == 2
+    assert max(len(record.requests) for record in engine.trace) == 2
 
 
 def test_trap_16_completions_still_to_be_spawned_count_too() -> None:
@@ -85,7 +85,7 @@ def test_trap_16_completions_still_to_be_spawned_count_too() -> None:
     engine.step()
     assert engine.trace[-1].admitted == ("0",)
     run(engine)
-    assert max(len(record.sequences) for record in engine.trace) == 3
+    assert max(len(record.requests) for record in engine.trace) == 3
 
 
 def test_trap_17_the_budget_is_spent_on_what_the_prefix_cache_leaves() -> None:
@@ -218,15 +218,15 @@ def test_trap_18_nothing_is_sampled_before_the_prompt_is_complete() -> None:
     engine = scripted_engine(num_blocks=30, max_num_batched_tokens=4)
     engine.add([1] * 10, greedy(2))
     assert [len(engine.step()) for _ in range(4)] == [0, 0, 1, 1]
-    assert [record.sequences[0].num_samples for record in engine.trace] == [0, 0, 1, 1]
+    assert [record.requests[0].num_samples for record in engine.trace] == [0, 0, 1, 1]
 
 
 def test_spawned_completions_share_the_blocks_of_the_prompt() -> None:
     engine = scripted_engine(block_size=4, num_blocks=30)
     engine.add([1] * 10, greedy(3, n=3))
     events = engine.step()
-    assert [event.sequence.index for event in events] == [0, 1, 2]
-    tables = [event.sequence.table.blocks for event in events]
+    assert [event.request.index for event in events] == [0, 1, 2]
+    tables = [event.request.table.blocks for event in events]
     assert tables[0] == tables[1] == tables[2] and len(tables[0]) == 3
     engine.step()
     assert engine.trace[-1].num_copies == 2, "the last owner keeps the block"
@@ -271,11 +271,11 @@ def test_trap_14_recomputed_tokens_are_counted(caching: bool) -> None:
     run(engine)
     seen, again = set[tuple[str, int]](), 0
     for record in engine.trace:
-        for part in record.sequences:
+        for part in record.requests:
             places = {(part.request_id, p) for p in range(part.num_computed, part.num_computed + part.num_scheduled)}
             again += len(places & seen)
             seen |= places
-    assert sum(part.num_recomputed for record in engine.trace for part in record.sequences) == again > 0
+    assert sum(part.num_recomputed for record in engine.trace for part in record.requests) == again > 0
 
 
 def test_trap_14_a_margin_keeps_sequences_from_joining_just_to_be_preempted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +287,7 @@ def test_trap_14_a_margin_keeps_sequences_from_joining_just_to_be_preempted(monk
         for _ in range(24):
             engine.add([rng.randrange(24)] * rng.randint(1, 19), greedy(rng.randint(1, 25)))
         run(engine)
-        return sum(part.num_recomputed for record in engine.trace for part in record.sequences)
+        return sum(part.num_recomputed for record in engine.trace for part in record.requests)
 
     with_margin = sum(map(recomputed, range(4)))
     prepare = BlockPool.prepare
@@ -299,7 +299,7 @@ def test_trap_19_a_resumed_sequence_is_computed_like_a_prompt() -> None:
     """It has output already, and still many tokens to go: no phase can be read off its output."""
     engine = crowded(enable_prefix_caching=False)
     got = run(engine)
-    parts = [part for record in engine.trace for part in record.sequences]
+    parts = [part for record in engine.trace for part in record.requests]
     assert any(part.num_scheduled > 1 and part.kv_len > part.num_prompt for part in parts)
     assert got == {(str(i), 0): alone((i + 4,) * 5, greedy(16), 0) for i in range(4)}
 
@@ -324,7 +324,7 @@ def test_trap_22_positions_end_where_the_model_ends() -> None:
         engine.add([1] * (last - 2), greedy(4))
     engine.add([1] * (last - 2), greedy(3))
     run(engine)
-    assert max(part.kv_len for record in engine.trace for part in record.sequences) == last
+    assert max(part.kv_len for record in engine.trace for part in record.requests) == last
 
 
 # --- leaving ---------------------------------------------------------------------------------------------------------

@@ -31,14 +31,14 @@ def test_json_lines_hold_every_field_of_every_step(engine: Engine, tmp_path: Pat
     assert [line["step"] for line in lines] == list(range(len(engine.trace)))
     for line, record in zip(lines, engine.trace, strict=True):
         assert line["start"] == record.start and line["num_free_blocks"] == record.num_free_blocks
-        assert [part["blocks"] for part in line["sequences"]] == [list(part.blocks) for part in record.sequences]
+        assert [part["blocks"] for part in line["sequences"]] == [list(part.blocks) for part in record.requests]
 
 
 def test_the_chrome_trace_has_a_slice_per_phase_and_sequence(engine: Engine, tmp_path: Path) -> None:
     engine.trace.write_chrome(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     slices = [event for event in events if event["ph"] == "X"]
-    parts = [part for record in engine.trace for part in record.sequences]
+    parts = [part for record in engine.trace for part in record.requests]
     assert len(slices) == 4 * len(engine.trace) + len(parts)
     rows = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
     assert list(rows) == ["engine", "0/0", "1/0", "2/0"]
@@ -52,9 +52,9 @@ def test_phases_bytes_and_shares_follow_from_what_happened(engine: Engine) -> No
     cache = engine.runner.cache
     for record in engine.trace:
         assert record.kv_bytes_written == record.num_tokens * cache.bytes_per_token
-        assert record.kv_bytes_read == sum(part.kv_len for part in record.sequences) * cache.bytes_per_token
+        assert record.kv_bytes_read == sum(part.kv_len for part in record.requests) * cache.bytes_per_token
         assert 0 < record.overhead < 1
-    parts = [part for record in engine.trace for part in record.sequences]
+    parts = [part for record in engine.trace for part in record.requests]
     assert all((part.phase == "recompute") == (part.num_recomputed > 0) for part in parts)
     assert {part.phase for part in parts if not part.num_recomputed} == {"prefill", "decode"}
     assert sum(part.num_samples for part in parts) == 30

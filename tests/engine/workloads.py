@@ -101,7 +101,7 @@ def play(engine: Engine, workload: Workload, max_steps: int = 5000) -> Completio
             events = engine.step()
         poison_free_blocks(engine)
         for event in events:
-            got.setdefault((event.sequence.request_id, event.sequence.index), []).extend(event.token_ids)
+            got.setdefault((event.request.request_id, event.request.index), []).extend(event.token_ids)
         if not engine.has_unfinished and step >= max(r.arrive for r in workload.requests):
             break
     else:

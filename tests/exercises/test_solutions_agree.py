@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minillm.attention import PagedLayout
-from minillm.attention.naive import naive_attention, visible
+from minillm.attention import AttentionMetadata
 from minillm.attention.paged import paged_attention, write_kv
+from minillm.attention.reference import naive_attention, visible
 from minillm.attention.tiled import merge, tiled_attention
 from minillm.cache.blocks import BlockPool
-from minillm.cache.formats import FORMATS, pack, unpack
 from minillm.config import EngineConfig, ModelConfig
+from minillm.costs import formulas
+from minillm.costs.steps import request_steps
+from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler
-from minillm.engine.sequence import Sequence
 from minillm.engine.verify import given_draft, num_accepted
 from minillm.generate import generate
-from minillm.measure import formulas
-from minillm.measure.steps import request_steps
 from minillm.model.loader import load_model
 from minillm.outputs import RequestMetrics
+from minillm.quantization.formats import FORMATS, pack, unpack
 from minillm.sampling import SamplingParams, probs_from_logits, sample
 from minillm.speculative.ngram import NgramProposer
 from tests.exercises.solutions import FILES, ROOT, solution
@@ -191,7 +191,7 @@ def serve(config: EngineConfig, prompts: list[int], outputs: list[int]) -> Itera
     scheduler = Scheduler(config, BlockPool(1000, 4, enable_prefix_caching=False))
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         params = SamplingParams(max_tokens=output)
-        scheduler.add(Sequence(str(number), (number, 0), [0] * prompt, prompt, params, 0, 0.0))
+        scheduler.add(Request(str(number), (number, 0), [0] * prompt, prompt, params, 0, 0.0))
     while scheduler.num_unfinished:
         running = [(s.order[0], s.num_remaining) for s in scheduler.running]
         waiting = [(s.order[0], s.num_remaining) for s in scheduler.waiting.values()]
@@ -248,13 +248,13 @@ def test_paged_attention(seed: int) -> None:
     block_size, kv_len = draw.choice([1, 4, 16]), draw.randint(2, 40)
     table = draw.sample(range(1, 50), -(-kv_len // block_size))
     q, k, v = heads(seed, 1, kv_len)
-    layout = PagedLayout.build([table], [kv_len], [kv_len], block_size=block_size)
+    layout = AttentionMetadata.build([table], [kv_len], [kv_len], block_size=block_size)
     assert ex.slot_mapping(table, 0, kv_len, block_size) == layout.slot_mapping.tolist()
     ours, mine = (torch.full((2, 2, 50, block_size, 8), torch.nan) for _ in range(2))
     write_kv(k.transpose(0, 1), v.transpose(0, 1), *ours, layout)
     ex.write_kv(k.transpose(0, 1), v.transpose(0, 1), *mine, layout.slot_mapping.tolist())
     assert_close(mine, ours, equal_nan=True)
-    decode = PagedLayout.build([table], [1], [kv_len], block_size=block_size)
+    decode = AttentionMetadata.build([table], [1], [kv_len], block_size=block_size)
     want = paged_attention(q, *ours, decode, scale=0.3)
     assert_close(ex.paged_decode_attention(q[0], *mine, table, kv_len, 0.3), want[0])
 
@@ -400,7 +400,7 @@ def test_ngrams(seed: int) -> None:
     draw = random.Random(seed)
     for _ in range(30):
         tokens = [draw.randrange(3) for _ in range(draw.randint(1, 12))]
-        sequence = Sequence("r", (0, 0), tokens, len(tokens), SamplingParams(), 0, 0.0)
+        sequence = Request("r", (0, 0), tokens, len(tokens), SamplingParams(), 0, 0.0)
         ours = NgramProposer(min_match=2).propose({sequence: 4})
         mine = solution("ex13").propose_ngram(tokens, 4, min_match=2, max_match=12)
         assert bool(mine) == bool(ours), (seed, tokens)

@@ -9,7 +9,6 @@ from functools import cache
 import pytest
 import torch
 
-from minillm.cache.formats import FORMATS, Format, Int4, PerToken8
 from minillm.errors import ConfigError
 from minillm.generate import decode, prefill
 from minillm.measure.bench_kv import bench_kv, bench_quality
@@ -24,6 +23,7 @@ from minillm.measure.kv_quality import (
 from minillm.model.decoder import Decoder
 from minillm.model.loader import load_model
 from minillm.model.tokenizer import Tokenizer, load_tokenizer
+from minillm.quantization.formats import FORMATS, Format, Int4, PerToken8
 from tests.families import random_model
 
 

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from minillm.costs import formulas
+from minillm.costs.steps import decode_step, prefill_step
 from minillm.errors import ConfigError
 from minillm.measure import bench_latency as module
-from minillm.measure import formulas, hardware
+from minillm.measure import hardware
 from minillm.measure.bench import Timing
 from minillm.measure.bench_latency import DECODE_STEPS, Bound, LatencyBench, LatencyRow, bench_latency
 from minillm.measure.bench_subjects import MinillmSubject, TransformersSubject
 from minillm.measure.hardware import Hardware
 from minillm.measure.machine import Machine
-from minillm.measure.steps import decode_step, prefill_step
 from minillm.model.decoder import Decoder
 from tests.families import random_model
 

@@ -8,12 +8,12 @@ import math
 import pytest
 
 from minillm.config import EngineConfig
+from minillm.costs.formulas import step_flops
+from minillm.costs.roof import Roof
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Timing
 from minillm.measure.bench_prefix import PrefixRow, bench_prefix
-from minillm.measure.formulas import step_flops
-from minillm.measure.roof import Roof
 from tests.families import random_model
 
 

@@ -16,7 +16,7 @@ from minillm.errors import ConfigError, RequestError
 from minillm.measure import bench_serve as module
 from minillm.measure.bench_serve import ServeRun, serve, warm_up
 from minillm.measure.summary import engine_summary, summarize
-from minillm.measure.workloads import Request, Workload, arrival_times
+from minillm.measure.workloads import SampleRequest, Workload, arrival_times
 from minillm.sampling import SamplingParams
 from tests.families import random_model
 
@@ -78,7 +78,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> OneSecondEngine:
 
 
 def run(engine: OneSecondEngine, tokens: list[int], due: list[float], **options: Any) -> ServeRun:
-    return serve(engine, [Request([1], n) for n in tokens], due, **options)  # type: ignore[arg-type]
+    return serve(engine, [SampleRequest([1], n) for n in tokens], due, **options)  # type: ignore[arg-type]
 
 
 def metrics(result: ServeRun, name: str) -> list[float]:
@@ -151,7 +151,7 @@ def test_requests_may_come_in_any_order(engine: OneSecondEngine) -> None:
 
 
 def test_a_refused_request_fails_alone(engine: OneSecondEngine) -> None:
-    requests = [Request([1] * 10, 2), Request([1], 2), Request([1] * 10, 2)]
+    requests = [SampleRequest([1] * 10, 2), SampleRequest([1], 2), SampleRequest([1] * 10, 2)]
     result = serve(engine, requests, max_concurrency=1)  # type: ignore[arg-type]
     assert [served.error for served in result.served] == ["too long", "", "too long"]
     assert [served.completed for served in result.served] == [False, True, False]
@@ -190,21 +190,21 @@ def test_a_real_engine_serves_every_token() -> None:
 
 def test_an_engine_without_a_trace_is_refused() -> None:
     with pytest.raises(ConfigError, match="trace_steps=0"):
-        serve(Engine(random_model(), EngineConfig(num_blocks=8, trace_steps=0)), [Request([1], 1)])
+        serve(Engine(random_model(), EngineConfig(num_blocks=8, trace_steps=0)), [SampleRequest([1], 1)])
 
 
 def test_another_salt_is_another_load() -> None:
     model = random_model()
     engine = Engine(model, EngineConfig(num_blocks=64))
     prompt = random.Random(0).choices(range(model.config.vocab_size), k=48)
-    hits = [serve(engine, [Request(prompt, 2)], salt=salt).served[0].num_cached for salt in (1, 1, 2)]
+    hits = [serve(engine, [SampleRequest(prompt, 2)], salt=salt).served[0].num_cached for salt in (1, 1, 2)]
     assert hits == [0, 47, 0]
 
 
 def test_preemption_is_counted() -> None:
     model = random_model()
     engine = Engine(model, EngineConfig(num_blocks=9, block_size=4, enable_prefix_caching=False))
-    result = serve(engine, [Request([1] * 8, 16), Request([2] * 8, 16)])
+    result = serve(engine, [SampleRequest([1] * 8, 16), SampleRequest([2] * 8, 16)])
     assert all(served.completed for served in result.served)
     figures = engine_summary(result)
     assert figures["num_preemptions"] > 0 and figures["num_recomputed_tokens"] > 0

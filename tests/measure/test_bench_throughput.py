@@ -24,20 +24,20 @@ from minillm.measure.bench_throughput import (
     bench_throughput,
     transformers_servers,
 )
-from minillm.measure.workloads import Request
+from minillm.measure.workloads import SampleRequest
 from tests.families import random_model
 
 
-def requests(count: int, seed: int = 0) -> list[Request]:
+def requests(count: int, seed: int = 0) -> list[SampleRequest]:
     rng = random.Random(seed)
-    return [Request(rng.choices(range(131), k=rng.randint(3, 40)), rng.randint(2, 9)) for _ in range(count)]
+    return [SampleRequest(rng.choices(range(131), k=rng.randint(3, 40)), rng.randint(2, 9)) for _ in range(count)]
 
 
 class Recorder:
     def __init__(self) -> None:
-        self.served: list[Sequence[Request]] = []
+        self.served: list[Sequence[SampleRequest]] = []
 
-    def run(self, requests: Sequence[Request]) -> None:
+    def run(self, requests: Sequence[SampleRequest]) -> None:
         self.served.append(requests)
 
 
@@ -81,7 +81,7 @@ def test_transformers_serves_all_tokens_both_ways() -> None:
     servers = transformers_servers(model, batch_size=3, max_tokens=64)
     for server in servers.values():
         server.run(requests(7))
-        server.run([Request([5, 6, 7], 3, temperature=0.6)])
+        server.run([SampleRequest([5, 6, 7], 3, temperature=0.6)])
 
 
 def test_generate_reads_the_right_prompts() -> None:
@@ -114,10 +114,10 @@ def test_a_missing_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         device=model.device, generate=lambda tokens, **_: tokens[:, :1].repeat(1, tokens.shape[1] + 2)
     )
     with pytest.raises(MinillmError, match="generate returned"):
-        module.TransformersGenerate(early, 4).run([Request([1, 2], 3)])
+        module.TransformersGenerate(early, 4).run([SampleRequest([1, 2], 3)])
     monkeypatch.setattr(module, "_collect", lambda manager, number: {})
     with pytest.raises(MinillmError, match="continuous returned 0 tokens of 3"):
-        servers[CONTINUOUS].run([Request([1, 2], 3)])
+        servers[CONTINUOUS].run([SampleRequest([1, 2], 3)])
     engine = Engine(model, EngineConfig(num_blocks=4))
     with pytest.raises(RequestError, match="200 tokens"):
-        MinillmServer(engine).run([Request([1], 2), Request([1] * 200, 3)])
+        MinillmServer(engine).run([SampleRequest([1], 2), SampleRequest([1] * 200, 3)])

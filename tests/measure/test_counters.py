@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm.attention.naive import naive_attention
 from minillm.attention.paged import attend_spans
+from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 from minillm.cache.contiguous import ContiguousCache
 from minillm.config import EngineConfig
+from minillm.costs import formulas
+from minillm.costs.formulas import Bytes
+from minillm.costs.steps import Step, chunk_steps, decode_step, prefill_step, verify_step
 from minillm.engine.engine import Engine
 from minillm.generate import extend, prefill
-from minillm.measure import formulas
 from minillm.measure.counters import Counter
-from minillm.measure.formulas import Bytes
 from minillm.measure.operators import flops_of
 from minillm.measure.stepper import StepRunner, weightless
-from minillm.measure.steps import Step, chunk_steps, decode_step, prefill_step, verify_step
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear
 from minillm.model.shapes import named_shape
@@ -181,8 +181,8 @@ def test_an_engines_steps_cost_what_their_records_say(policy: str) -> None:
         with Counter(model, kv=engine.runner.cache) as counted:
             engine.step()
         record = engine.trace[-1]
-        step = [(part.num_scheduled, part.kv_len) for part in record.sequences]
-        rows = sum(part.num_samples for part in record.sequences)
+        step = [(part.num_scheduled, part.kv_len) for part in record.requests]
+        rows = sum(part.num_samples for part in record.requests)
         predicted = formulas.step_bytes(model.config, step, 4, logit_rows=rows)
         assert counted.total.bytes._replace(activations=0) == predicted, f"{seed=}"
         assert (record.kv_bytes_read, record.kv_bytes_written) == (predicted.kv_read, predicted.kv_write)

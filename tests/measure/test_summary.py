@@ -15,14 +15,14 @@ from minillm.errors import ConfigError
 from minillm.measure import summary as module
 from minillm.measure.bench_serve import Served, ServeRun, StepCost
 from minillm.measure.summary import engine_summary, parse_goodput, peak_concurrency, summarize
-from minillm.measure.workloads import Request
+from minillm.measure.workloads import SampleRequest
 from minillm.outputs import RequestMetrics
 
 
 def served(due: float, token_times: list[float], *, prompt: int = 5, start: float | None = None) -> Served:
     """A request that got all its tokens at these times."""
     metrics = RequestMetrics(due if start is None else start, [token_times], due)
-    return Served(Request([0] * prompt, len(token_times)), due, metrics)
+    return Served(SampleRequest([0] * prompt, len(token_times)), due, metrics)
 
 
 def known_run() -> ServeRun:
@@ -129,7 +129,7 @@ def test_a_single_token_has_no_tpot_but_counts_in_goodput() -> None:
 
 
 def test_failed_requests_are_counted_and_nothing_else() -> None:
-    refused = Served(Request([0] * 900, 4), 0.0, RequestMetrics(0.0, [[]]), error="too long")
+    refused = Served(SampleRequest([0] * 900, 4), 0.0, RequestMetrics(0.0, [[]]), error="too long")
     good = known_run()
     result = summarize(ServeRun([refused, *good.served], 0.0, 2.1), goodput={"ttft": 1200}, detailed=True)
     assert result["failed"] == 1
@@ -143,7 +143,7 @@ def test_failed_requests_are_counted_and_nothing_else() -> None:
 
 
 def test_nothing_served_is_zero_everywhere() -> None:
-    refused = Served(Request([0], 4), 0.0, RequestMetrics(0.0, [[]]), error="no")
+    refused = Served(SampleRequest([0], 4), 0.0, RequestMetrics(0.0, [[]]), error="no")
     result = summarize(ServeRun([refused], 0.0, 0.5))
     assert result["completed"] == 0 and result["mean_ttft_ms"] == 0 and result["max_concurrent_requests"] == 0
     json.dumps(result | engine_summary(ServeRun([refused], 0.0, 0.5)))

@@ -15,7 +15,7 @@ from minillm.errors import ConfigError
 from minillm.measure.workloads import (
     SHAREGPT_LIMITS,
     SHAREGPT_MEANS,
-    Request,
+    SampleRequest,
     Workload,
     arrival_times,
     length_range,
@@ -51,7 +51,7 @@ def test_scale_shrinks_lengths_and_keeps_beginnings() -> None:
     for one, other in zip(full, small, strict=True):
         assert len(other.prompt) == round(len(one.prompt) / 10) and other.max_tokens == round(one.max_tokens / 10)
         assert one.prompt[: len(other.prompt)] == other.prompt and other.temperature == 0.6
-    assert Request([1, 2, 3], 4).scaled(0.01) == Request([1], 1)
+    assert SampleRequest([1, 2, 3], 4).scaled(0.01) == Request([1], 1)
 
 
 @pytest.mark.parametrize("name", ["nano-vllm", "random", "shared-prefix", "sharegpt-like"])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
+from minillm.course.training.bpe import END_OF_TEXT, END_OF_TEXT_ID, save_tokenizer, train_tokenizer
 from minillm.errors import CheckpointError, MinillmError, RequestError
-from minillm.model.bpe import END_OF_TEXT, END_OF_TEXT_ID, save_tokenizer, train_tokenizer
 from minillm.model.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 
 CODE = "def area(self, num_heads=12):\n    if num_heads:\n        return self.__init__\n\n\tx  =  'é😀 漢字'\n"

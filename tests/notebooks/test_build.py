@@ -28,8 +28,8 @@ print("one", flush=True)
 print("two", flush=True)
 
 # %% tags=["thumbnail"]
-from minillm.viz import style
-from minillm.viz.show import explore
+from minillm.course.figures import style
+from minillm.course.figures.show import explore
 
 
 @style.SHEET

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 
 from minillm.engine.proposer import Draft
-from minillm.engine.sequence import Sequence
+from minillm.engine.request import Request
 from tests.engine.workloads import VOCAB, Completions
 
 
@@ -17,13 +17,13 @@ class Guesser:
         self.truth, self.right, self.silent = truth, right, silent
         self.rng = random.Random(seed)
 
-    def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, Draft]:
+    def propose(self, room: Mapping[Request, int]) -> dict[Request, Draft]:
         return {s: Draft(self._guess(s, count)) for s, count in room.items() if self.rng.random() >= self.silent}
 
-    def _guess(self, sequence: Sequence, count: int) -> list[int]:
+    def _guess(self, sequence: Request, count: int) -> list[int]:
         said = self.truth[sequence.request_id, sequence.index][sequence.num_generated :]
         guess = [*said, *[0] * count][: self.rng.randint(0, count) if self.silent else count]
         return [token if self.rng.random() < self.right else self.rng.randrange(VOCAB) for token in guess]
 
-    def forget(self, sequence: Sequence) -> None:
+    def forget(self, sequence: Request) -> None:
         pass

@@ -16,7 +16,7 @@ from torch import Tensor
 from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
 from minillm.engine.proposer import Proposer
-from minillm.engine.sequence import Sequence
+from minillm.engine.request import Request
 from minillm.generate import prefill
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams, probs_from_logits
@@ -47,12 +47,12 @@ def table() -> Tensor:
 def run(proposer: Proposer | None, requests: int = 8) -> tuple[Tensor, Engine]:
     """Counts [VOCAB, VOCAB] of all transitions of 64 completions per request, and the engine that made them."""
     engine = Engine(bigram(0), CONFIG, proposer)
-    finished: dict[tuple[str, int], Sequence] = {}
+    finished: dict[tuple[str, int], Request] = {}
     for _ in range(requests):
         engine.add([1, 2, 3, 4, 0], PARAMS)
         while engine.has_unfinished:
             for event in engine.step():
-                finished[event.sequence.request_id, event.sequence.index] = event.sequence
+                finished[event.request.request_id, event.request.index] = event.request
     runs = torch.tensor([sequence.tokens[4:] for sequence in finished.values()])
     pairs = runs[:, :-1] * VOCAB + runs[:, 1:]
     return torch.bincount(pairs.flatten(), minlength=VOCAB**2).view(VOCAB, VOCAB), engine
@@ -72,14 +72,14 @@ def draft_model() -> DraftModelProposer:
 def test_chi_square_of_the_engine(make: type[Proposer]) -> None:
     """64 side by side, each with its own number of drafts and acceptances."""
     counts, engine = run(make())
-    parts = [part for record in engine.trace for part in record.sequences if part.num_drafts]
+    parts = [part for record in engine.trace for part in record.requests if part.num_drafts]
     accepted = {part.num_accepted for part in parts}
     assert counts.sum() >= 20_000 and accepted == {0, 1, 2, 3}, "ragged"
     assert stray(counts) < 1
 
 
 def test_chi_square_rejects_drafts_from_the_stream_that_judges_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def same_stream(self: DraftModelProposer, twin: Sequence) -> torch.Generator:
+    def same_stream(self: DraftModelProposer, twin: Request) -> torch.Generator:
         twin.generator = twin.generator or twin.params.generator(twin.index, twin.seed)
         return twin.generator
 
@@ -91,7 +91,7 @@ def test_chi_square_rejects_a_draft_at_another_temperature(monkeypatch: pytest.M
     """The mutant that uses the untempered q: drawn at temperature 0.9 and top_p 0.95, divided by neither."""
     right = DraftModelProposer._draw
 
-    def untempered(self: DraftModelProposer, batch: object, probs: Tensor, drawn: dict[Sequence, list[Tensor]]) -> None:
+    def untempered(self: DraftModelProposer, batch: object, probs: Tensor, drawn: dict[Request, list[Tensor]]) -> None:
         right(self, batch, probs, drawn)  # type: ignore[arg-type]
         for rows in drawn.values():
             rows[-1:] = [row.sqrt() / row.sqrt().sum() for row in rows[-1:]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillm.config import EngineConfig
-from minillm.engine.sequence import Sequence
+from minillm.engine.request import Request
 from minillm.generate import generate, prefill
 from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits
 from minillm.speculative.draft import DraftModelProposer
@@ -19,8 +19,8 @@ from tests.families import random_model
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
 
 
-def sequence(tokens: list[int], params: SamplingParams = GREEDY, number: int = 0) -> Sequence:
-    return Sequence(str(number), (number, 0), tokens, len(tokens), params, seed=number, arrival_time=0.0)
+def sequence(tokens: list[int], params: SamplingParams = GREEDY, number: int = 0) -> Request:
+    return Request(str(number), (number, 0), tokens, len(tokens), params, seed=number, arrival_time=0.0)
 
 
 def afresh(tokens: list[int], count: int) -> list[int]:
@@ -53,14 +53,14 @@ def test_drafts_are_those_of_a_fresh_start(block_size: int) -> None:
         )
 
 
-def _never_rolls_back(self: DraftModelProposer, one: Sequence) -> Sequence:
+def _never_rolls_back(self: DraftModelProposer, one: Request) -> Request:
     computed = self._twins[one].num_computed if one in self._twins else 0
     twin = _right(self, one)
     twin.num_computed = max(twin.num_computed, min(computed, twin.num_prompt - 1))
     return twin
 
 
-def _counts_the_last_draft(self: DraftModelProposer, one: Sequence) -> Sequence:
+def _counts_the_last_draft(self: DraftModelProposer, one: Request) -> Request:
     """gpt-fast had this: after full acceptance the last draft's KV is missing."""
     twin = self._twins.get(one)
     if twin is not None and one.tokens[: twin.num_tokens] == twin.tokens:

@@ -16,8 +16,8 @@ from minillm.config import POLICIES, EngineConfig
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine
 from minillm.engine.proposer import Draft, Proposer
+from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduled, Scheduler, StepPlan
-from minillm.engine.sequence import Sequence
 from minillm.engine.trace import StepRecord
 from minillm.generate import generate
 from minillm.model.decoder import Decoder
@@ -126,7 +126,7 @@ def check_draft_pool(proposer: Proposer) -> None:
 
 
 def count(records: Iterable[StepRecord]) -> Counter[str]:
-    parts = [part for record in records for part in record.sequences]
+    parts = [part for record in records for part in record.requests]
     return Counter(
         drafts=sum(part.num_drafts for part in parts),
         accepted=sum(part.num_accepted for part in parts),
@@ -163,14 +163,14 @@ def test_drafts_of_a_model_change_no_greedy_token(make: Maker) -> None:
 # --- wrong engines ---------------------------------------------------------------------------------------------------
 
 
-def _counts_rejected_drafts(self: Scheduler, sequence: Sequence, part: Scheduled | None, said: list[int]) -> list[int]:
+def _counts_rejected_drafts(self: Scheduler, sequence: Request, part: Scheduled | None, said: list[int]) -> list[int]:
     taken = _right_take(self, sequence, part, said)
     if part:
         sequence.num_computed += len(part.draft) - len(said) + 1
     return taken
 
 
-def _names_rejected_kv(self: Scheduler, sequence: Sequence, part: Scheduled | None, said: list[int]) -> list[int]:
+def _names_rejected_kv(self: Scheduler, sequence: Request, part: Scheduled | None, said: list[int]) -> list[int]:
     taken = _right_take(self, sequence, part, said)
     if part and part.draft:
         self.pool.commit(sequence.table, sequence.tokens, sequence.num_tokens)
@@ -180,7 +180,7 @@ def _names_rejected_kv(self: Scheduler, sequence: Sequence, part: Scheduled | No
 _right_take = Scheduler._take
 
 
-def _stops_at_the_end_only(self: Sequence, tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
+def _stops_at_the_end_only(self: Request, tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
     self.tokens += tokens[:-1]
     self._append(tokens[-1], eos_token_ids)
     return tokens
@@ -201,7 +201,7 @@ def _ends(batch: Batch) -> list[int]:
     return [[next(rows) for _ in range(1 + len(draft))][-1] for draft in batch.drafts]
 
 
-def _free_of_charge(self: StepPlan, sequence: Sequence, draft: Draft, copies: list[tuple[int, int]]) -> None:
+def _free_of_charge(self: StepPlan, sequence: Request, draft: Draft, copies: list[tuple[int, int]]) -> None:
     budget = self.budget
     _right_add_draft(self, sequence, draft, copies)
     self.budget = budget
@@ -213,7 +213,7 @@ _right_add_draft = StepPlan.add_draft
 MUTANTS: dict[str, tuple[object, str, object]] = {
     "trap 43: rejected drafts count as computed": (Scheduler, "_take", _counts_rejected_drafts),
     "trap 44: a block with a rejected draft is named": (Scheduler, "_take", _names_rejected_kv),
-    "trap 45: a stop token inside an accepted run is overlooked": (Sequence, "extend", _stops_at_the_end_only),
+    "trap 45: a stop token inside an accepted run is overlooked": (Request, "extend", _stops_at_the_end_only),
     "all rows of a verify are the last one": (Batch, "pack", _packed(_last_row_for_all)),
     "whatever is guessed is accepted": (scripted, "num_accepted", lambda drafts, said: len(drafts)),
     "the budget is no limit": (StepPlan, "add_draft", _free_of_charge),
@@ -251,7 +251,7 @@ def steps(engine: Engine) -> list[int]:
 def test_a_round_brings_all_drafts_and_one_more() -> None:
     engine, _ = certain(16, num_speculative_tokens=4)
     assert steps(engine) == [1, 5, 5, 5]
-    assert [part.num_scheduled for record in engine.trace for part in record.sequences] == [3, 5, 5, 5]
+    assert [part.num_scheduled for record in engine.trace for part in record.requests] == [3, 5, 5, 5]
 
 
 def test_max_tokens_is_met_exactly() -> None:
@@ -259,7 +259,7 @@ def test_max_tokens_is_met_exactly() -> None:
     for length in range(1, 12):
         engine, said = certain(length, num_speculative_tokens=4)
         assert sum(steps(engine)) == length == len(said)
-        assert max(part.kv_len for record in engine.trace for part in record.sequences) <= 3 + length - 1
+        assert max(part.kv_len for record in engine.trace for part in record.requests) <= 3 + length - 1
 
 
 def test_drafts_leave_budget_to_everybody_else() -> None:
@@ -268,7 +268,7 @@ def test_drafts_leave_budget_to_everybody_else() -> None:
     engine.add([9] * 16, SamplingParams(temperature=0, max_tokens=1))
     engine.step()
     engine.step()
-    drafts = [[part.num_drafts for part in record.sequences] for record in engine.trace]
+    drafts = [[part.num_drafts for part in record.requests] for record in engine.trace]
     assert drafts == [[0], [0, 0], [0, 0]], "a prompt fills the budget: nothing is guessed"
     assert all(record.num_tokens <= 8 for record in engine.trace)
     engine.step()
@@ -301,13 +301,13 @@ def test_a_request_may_decline() -> None:
     engine.proposer.truth["1", 0] = said  # type: ignore[union-attr]
     engine.add((5, 6, 7), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), num_speculative_tokens=0)
     steps(engine)
-    parts = [part for record in engine.trace for part in record.sequences]
+    parts = [part for record in engine.trace for part in record.requests]
     assert sum(part.num_drafts for part in parts if part.request_id == "0") > 0
     assert sum(part.num_drafts for part in parts if part.request_id == "1") == 0
 
 
 def test_the_number_of_guesses_follows_what_was_accepted() -> None:
-    one = Sequence("0", (0, 0), [1], 1, SamplingParams(), seed=0, arrival_time=0.0, max_drafts=8, num_drafts=8)
+    one = Request("0", (0, 0), [1], 1, SamplingParams(), seed=0, arrival_time=0.0, max_drafts=8, num_drafts=8)
     seen = []
     for proposed, accepted in [(8, 3), (4, 0), (1, 0), (1, 1), (2, 2), (4, 4), (8, 8), (3, 3)]:
         one.adapt_drafts(proposed, accepted)
@@ -322,7 +322,7 @@ def test_the_switch_keeps_the_number_of_guesses() -> None:
         engine = scripted_engine(proposer=Guesser(truth, right=0.0), num_blocks=50, adaptive_drafts=adaptive)
         engine.add((5, 6), params)
         steps(engine)
-        parts = [part for record in engine.trace for part in record.sequences]
+        parts = [part for record in engine.trace for part in record.requests]
         typical = Counter(part.num_drafts for part in parts[1:20]).most_common(1)[0][0]
         assert typical == want
 

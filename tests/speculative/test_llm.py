@@ -73,7 +73,7 @@ def test_statistics_have_vllms_names_and_meanings(root: Path) -> None:
     llm = make(root, str(root / "draft"))
     llm.generate(PROMPTS, GREEDY, progress=False)
     stats = SpecDecodingStats.of(llm.engine.trace)
-    parts = [part for record in llm.engine.trace for part in record.sequences if part.num_drafts]
+    parts = [part for record in llm.engine.trace for part in record.requests if part.num_drafts]
     assert stats.num_drafts == len(parts)
     assert stats.num_accepted_tokens == sum(stats.num_accepted_tokens_per_pos)
     assert list(stats.acceptance_rate_per_pos) == sorted(stats.acceptance_rate_per_pos, reverse=True)
@@ -116,7 +116,7 @@ def test_how_far_to_guess_is_a_setting(root: Path, adaptive: bool) -> None:
     """With a proposer that is mostly wrong: guesses shrink, or stay as long as they may be."""
     llm = make(root, str(root / "draft"), adaptive_drafts=adaptive, num_speculative_tokens=6)
     llm.generate(PROMPTS, GREEDY, progress=False)
-    guessed = [part.num_drafts for record in llm.engine.trace for part in record.sequences if part.num_drafts]
+    guessed = [part.num_drafts for record in llm.engine.trace for part in record.requests if part.num_drafts]
     assert guessed.count(6) > len(guessed) / 2 if not adaptive else guessed.count(1) > len(guessed) / 2
 
 
@@ -124,7 +124,7 @@ def test_acceptance_is_counted_right_when_drafts_have_many_lengths(root: Path) -
     """α against a count by hand: a draft that was accepted whole met no rejection, however short it was."""
     llm = make(root, str(root / "draft"), num_speculative_tokens=5)
     llm.generate(PROMPTS, GREEDY, progress=False)
-    parts = [part for record in llm.engine.trace for part in record.sequences if part.num_drafts]
+    parts = [part for record in llm.engine.trace for part in record.requests if part.num_drafts]
     assert len({part.num_drafts for part in parts}) > 1
     looked_at = sum(min(part.num_accepted + 1, part.num_drafts) for part in parts)
     assert SpecDecodingStats.of(llm.engine.trace).acceptance == sum(part.num_accepted for part in parts) / looked_at

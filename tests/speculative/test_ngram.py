@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from minillm.engine.sequence import Sequence
+from minillm.engine.request import Request
 from minillm.sampling import SamplingParams
 from minillm.speculative.ngram import NgramProposer, SuffixIndex, continuation
 
 
-def sequence(tokens: list[int]) -> Sequence:
-    return Sequence("0", (0, 0), tokens, len(tokens), SamplingParams(), seed=0, arrival_time=0.0)
+def sequence(tokens: list[int]) -> Request:
+    return Request("0", (0, 0), tokens, len(tokens), SamplingParams(), seed=0, arrival_time=0.0)
 
 
 def earlier_ends(tokens: list[int], length: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.attention.naive import visible
+from minillm.attention.reference import visible
 from minillm.cache.contiguous import ContiguousCache
 from minillm.engine.proposer import Draft
 from minillm.engine.verify import verify

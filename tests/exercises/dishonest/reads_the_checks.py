@@ -12,6 +12,6 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ 
 course = Path(__main__.__file__).resolve().parents[2]
 sys.path.insert(0, str(course))
 
-from minillm.lab.exercises import Course  # noqa: E402
+from minillm.course.lab.exercises import Course  # noqa: E402
 
 exec(Course(course).exercise("ex03").solution.read_text(encoding="utf8"))

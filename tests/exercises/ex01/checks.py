@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import torch
 
-from minillm.lab.checks import Case, check
-from minillm.lab.exercises import Exercise, Task
+from minillm.course.lab.checks import Case, check
+from minillm.course.lab.exercises import Exercise, Task
 
 EXERCISE = Exercise(
     tasks=(

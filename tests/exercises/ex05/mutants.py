@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minillm.lab.exercises import Mutant
+from minillm.course.lab.exercises import Mutant
 
 PAIRS = "q_len * (kv_len - q_len) + q_len * (q_len + 1) // 2"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minillm.lab.exercises import Mutant
+from minillm.course.lab.exercises import Mutant
 
 MUTANTS = (
     Mutant(

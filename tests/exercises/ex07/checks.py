@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from minillm.lab.checks import Case, check
-from minillm.lab.exercises import ALLOWED, Exercise, Task
+from minillm.course.lab.checks import Case, check
+from minillm.course.lab.exercises import ALLOWED, Exercise, Task
 
 EXERCISE = Exercise(
     tasks=(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from minillm.lab.checks import Case, check
-from minillm.lab.exercises import Exercise, Task
+from minillm.course.lab.checks import Case, check
+from minillm.course.lab.exercises import Exercise, Task
 
 EXERCISE = Exercise(
     tasks=(

@@ -1,0 +1,1 @@
+"""What a single lesson computes and nothing else needs."""

@@ -1,0 +1,1 @@
+"""How the embedded models were made: corpus, tokenizer, training loop, model card."""

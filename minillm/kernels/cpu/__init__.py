@@ -1,0 +1,1 @@
+"""What makes PyTorch fast on a CPU."""

@@ -1,0 +1,275 @@
+"""Closed forms against published counts, brute force over tokens, the identities of the course, and mutants.
+
+That they are what the real model does is shown in `test_counters.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minillm.attention.reference import visible
+from minillm.config import ModelConfig
+from minillm.costs import formulas
+from minillm.costs.steps import (
+    Step,
+    chunk_steps,
+    decode_step,
+    prefill_step,
+    recompute_steps,
+    request_steps,
+    verify_step,
+)
+from minillm.model.decoder import Decoder
+from minillm.model.shapes import named_shape
+from tests.families import FAMILIES
+
+LLAMA, QWEN, SMOL = named_shape("llama-3.1-8b"), named_shape("qwen3-0.6b"), named_shape("smollm2-135m")
+
+KV_BYTES = {"smollm2-135m": 23040, "qwen2.5-0.5b": 12288, "qwen3-0.6b": 114688, "llama-3.1-8b": 131072}
+
+
+def random_step(rng: random.Random) -> Step:
+    """A mixture of prefills, chunks, verifications and decodes."""
+    kinds = [
+        lambda n: (n, n),
+        lambda n: (rng.randint(1, n), n),
+        lambda n: (min(n, rng.randint(2, 9)), n),
+        lambda n: (1, n),
+    ]
+    return [rng.choice(kinds)(rng.randint(1, 40)) for _ in range(rng.randint(1, 5))]
+
+
+# Weights and KV
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_matrices(family: str) -> None:
+    """Counted in the real decoder: all weights of its linear layers."""
+    config = ModelConfig.from_hf(FAMILIES[family])
+    with torch.device("meta"):
+        model = Decoder(config)
+    counted = {name: m.weight.numel() for name, m in model.named_modules() if hasattr(m, "in_features")}
+    assert formulas.matmul_parameters(config) == sum(counted.values())
+    layer = {name.rsplit(".", 2)[1:][0]: 0 for name in counted if name.startswith("layers.0")}
+    for name, size in counted.items():
+        if name.startswith("layers.0"):
+            layer[name.split(".")[2]] += size
+    assert layer == {"attention": formulas.attention_parameters(config), "mlp": formulas.mlp_parameters(config)}
+
+
+@pytest.mark.parametrize("shape, expected", KV_BYTES.items())
+def test_kv_bytes_are_the_published_ones(shape: str, expected: int) -> None:
+    assert formulas.kv_bytes_per_token(named_shape(shape), 2) == expected
+
+
+def test_kv_bytes_know_grouped_queries() -> None:
+    """The mutant counts query heads: twice as much for Qwen3-0.6B, four times for Llama 8B."""
+    for config in (QWEN, LLAMA):
+        mutant = formulas.kv_bytes_per_token(replace(config, num_kv_heads=config.num_heads), 2)
+        assert mutant == config.group_size * formulas.kv_bytes_per_token(config, 2)
+
+
+def test_quantised_caches_pay_for_their_scales() -> None:
+    assert formulas.quantized_bytes(8, group=128) == 1 + 2 / 128
+    assert formulas.quantized_bytes(4, group=32) == 0.5 + 2 / 32
+    plain, int8, int4 = (formulas.kv_bytes_per_token(LLAMA, b) for b in (2, 1 + 2 / 128, 0.5 + 2 / 32))
+    assert (plain, int8, int4) == (131072, 66560, 36864)
+
+
+def test_weights_are_everything_but_the_embeddings_that_nobody_looks_up() -> None:
+    matrices = 2 * (596_049_920 - 28 * (2 * 1024 + 2 * 128) - 1024)  # all parameters of Qwen3-0.6B but the norms
+    norms = 4 * (28 * (2 * 1024 + 24 * 128) + 1024)
+    assert 2 * formulas.matmul_parameters(QWEN) == matrices
+    assert formulas.weight_bytes(QWEN, 2, tokens=5) == matrices + norms + 2 * 5 * 1024
+    headless = formulas.weight_bytes(QWEN, 2, tokens=5, head=False)
+    assert formulas.weight_bytes(QWEN, 2, tokens=5) - headless == 2 * 151936 * 1024
+
+
+# Pairs and keys
+
+
+def test_pairs_and_keys_are_those_of_the_mask() -> None:
+    """Against the mask itself, for every small shape: full attention and windows, prompts, chunks and decodes."""
+    for kv_len in range(1, 14):
+        for q_len in range(1, kv_len + 1):
+            for window in (None, 1, 2, 3, 5, 8, 13, 20):
+                mask = visible(q_len, kv_len, window)
+                assert formulas.visible_pairs(q_len, kv_len, window) == int(mask.sum()), (q_len, kv_len, window)
+                assert formulas.keys_seen(q_len, kv_len, window) == int(mask.any(0).sum()), (q_len, kv_len, window)
+
+
+def test_tiles_are_those_of_the_mask() -> None:
+    """A tile of queries computes, and reads, the columns in which its part of the mask is not empty."""
+    for q_len, kv_len, window in ((7, 7, None), (5, 12, None), (12, 12, 4), (6, 15, 5)):
+        for q_tile in (1, 2, 3, 5, 100):
+            parts = visible(q_len, kv_len, window).split(q_tile)
+            keys = [int(part.any(0).sum()) for part in parts]
+            assert formulas.tiled_keys(q_len, kv_len, window, q_tile) == sum(keys)
+            pairs = sum(len(part) * n for part, n in zip(parts, keys, strict=True))
+            assert formulas.tiled_pairs(q_len, kv_len, window, q_tile) == pairs
+
+
+def test_high_tiles_trade_flops_for_bytes() -> None:
+    """One query per tile: no pair in vain, all keys again and again. All queries in one: the other way round."""
+    n = 512
+    assert formulas.tiled_pairs(n, n, None, 1) == formulas.visible_pairs(n, n) == n * (n + 1) // 2
+    assert formulas.tiled_keys(n, n, None, 1) == n * (n + 1) // 2
+    assert (formulas.tiled_pairs(n, n, None, n), formulas.tiled_keys(n, n, None, n)) == (n * n, n)
+
+
+def test_the_causal_half_is_known() -> None:
+    """The mutant computes the square: 1.99 times as many pairs at 200 tokens."""
+    assert formulas.visible_pairs(200, 200) == 20100 != 200 * 200
+
+
+# FLOPs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_a_sum_over_tokens(family: str) -> None:
+    """Brute force: every token multiplies the weights of its layer, and looks at every key that it sees."""
+    config = ModelConfig.from_hf(FAMILIES[family])
+    rng = random.Random(seed := random.randrange(2**32))
+    for _ in range(20):
+        step = random_step(rng)
+        projections = attention = mlp = head = 0
+        for q_len, kv_len in step:
+            head += 2 * config.vocab_size * config.hidden_size
+            for position in range(kv_len - q_len, kv_len):
+                seen = min(position + 1, config.sliding_window or position + 1)
+                heads = config.num_heads * config.head_dim
+                attention += config.num_layers * (2 * heads * seen + 2 * heads * seen)
+                kv_heads = config.num_kv_heads * config.head_dim
+                projections += config.num_layers * 2 * config.hidden_size * (heads + 2 * kv_heads + heads)
+                mlp += config.num_layers * 3 * 2 * config.hidden_size * config.intermediate_size
+        expected = formulas.Flops(projections, attention, mlp, head)
+        assert formulas.step_flops(config, step) == expected, f"{seed=}"
+
+
+def test_cutting_a_prompt_changes_no_flop_but_those_of_the_head() -> None:
+    whole = formulas.step_flops(QWEN, prefill_step(1000))
+    for chunk in (1, 7, 256, 999):
+        steps = chunk_steps(1000, chunk)
+        rows = [0] * (len(steps) - 1) + [1]
+        parts = [formulas.step_flops(QWEN, step, logit_rows=n) for step, n in zip(steps, rows, strict=True)]
+        assert formulas.Flops(*map(sum, zip(*parts, strict=True))) == whole
+
+
+def test_the_head_is_known() -> None:
+    """The mutant forgets it: a quarter of the FLOPs of a decode step of Qwen3-0.6B."""
+    flops = formulas.step_flops(QWEN, decode_step(1))
+    assert flops.head == 2 * 151936 * 1024 and 0.25 < flops.head / flops.total < 0.27
+    assert formulas.step_flops(QWEN, prefill_step(10), logit_rows=10).head == 10 * flops.head
+    assert formulas.step_flops(QWEN, decode_step(1), logit_rows=0).total == flops.total - flops.head
+
+
+def test_a_whole_request_in_one_line() -> None:
+    """M tokens behind N: one prefill, M - 1 decodes; attention sees (M - 1) N + M (M - 1) / 2 keys in all of these."""
+    n, m = 300, 40
+    steps = request_steps(n, m)
+    decodes = [formulas.step_flops(LLAMA, step) for step in steps[1:]]
+    assert len(decodes) == m - 1
+    per_key = 4 * LLAMA.num_layers * LLAMA.num_heads * LLAMA.head_dim
+    assert sum(f.attention for f in decodes) == per_key * ((m - 1) * n + m * (m - 1) // 2)
+    linear = 2 * formulas.matmul_parameters(LLAMA)
+    assert all(f.total - f.attention == linear for f in decodes)
+
+
+def test_recomputing_costs_what_the_cache_saves() -> None:
+    """Without a cache the layers see n + (n + 1) + … tokens instead of n + m - 1."""
+    n, m = 30, 20
+    cached, recomputed = (
+        sum(formulas.step_flops(SMOL, step).mlp for step in steps)
+        for steps in (request_steps(n, m), recompute_steps(n, m))
+    )
+    assert recomputed * (n + m - 1) == cached * (m * n + m * (m - 1) // 2)
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_weights_once_and_kv_per_sequence(family: str) -> None:
+    config = ModelConfig.from_hf(FAMILIES[family])
+    rng = random.Random(seed := random.randrange(2**32))
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    for _ in range(20):
+        step = random_step(rng)
+        moved = formulas.step_bytes(config, step, 4)
+        keys = sum(int(visible(*sequence, config.sliding_window).any(0).sum()) for sequence in step)
+        tokens = sum(q_len for q_len, _ in step)
+        assert moved == (formulas.weight_bytes(config, 4, tokens), per_token * keys, per_token * tokens, 0), f"{seed=}"
+
+
+def test_kv_is_one_percent_of_what_a_lone_decode_reads() -> None:
+    """The identity that refutes "decode is slow because of the KV cache": 8B, batch 1, 1k context."""
+    assert round(formulas.step_bytes(LLAMA, decode_step(1000), 2).kv_share, 2) == 0.01
+    assert round(formulas.step_bytes(LLAMA, decode_step(1000, batch=32), 2).kv_share, 2) == 0.22
+    assert formulas.step_bytes(LLAMA, decode_step(8000, batch=32), 2).kv_share > 0.65
+
+
+def test_only_kv_shrinks_with_its_format() -> None:
+    step = decode_step(1000, batch=32)
+    plain, int4 = (
+        formulas.step_bytes(LLAMA, step, 2, kv_element_bytes=b) for b in (2, formulas.quantized_bytes(4, group=32))
+    )
+    assert plain.weights == int4.weights and plain.kv_read * 9 == int4.kv_read * 32
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_what_a_step_makes_itself_it_need_not_read(window: int | None) -> None:
+    """A prompt must read weights alone; a decode what is behind it; nothing that a sliding window hides."""
+    config = replace(QWEN, sliding_window=window)
+    assert formulas.least_bytes(config, prefill_step(500), 2) == formulas.weight_bytes(config, 2, 500)
+    behind = 999 if window is None else window - 1
+    decode = formulas.weight_bytes(config, 2, 1) + behind * 114688
+    assert formulas.least_bytes(config, decode_step(1000), 2) == decode
+    for step in (prefill_step(70), decode_step(70, 3), verify_step(70, 4)):
+        assert formulas.least_bytes(config, step, 2) <= formulas.step_bytes(config, step, 2).total
+
+
+def test_a_step_without_samples_reads_no_head() -> None:
+    step = prefill_step(16)
+    with_head, without = (formulas.step_bytes(SMOL, step, 2, logit_rows=n).weights for n in (1, 0))
+    assert with_head - without == 2 * 49152 * 576
+
+
+# Crossovers (published values, rounded)
+
+
+@pytest.mark.parametrize(
+    "config, decode, prefill, tokens",
+    [(LLAMA, 26_600, 53_000, 114_500), (QWEN, 3_800, 7_700, 10_400), (SMOL, 3_100, 6_100, 11_700)],
+)
+def test_crossovers(config: ModelConfig, decode: int, prefill: int, tokens: int) -> None:
+    assert formulas.decode_crossover(config) == pytest.approx(decode, rel=0.02)
+    assert formulas.prefill_crossover(config) == pytest.approx(prefill, rel=0.02)
+    assert formulas.kv_crossover(config, 2) == pytest.approx(tokens, rel=0.01)
+
+
+def test_crossovers_are_where_the_formulas_cross() -> None:
+    for config in (LLAMA, QWEN, SMOL):
+        for crossover, step in (
+            (formulas.decode_crossover(config), decode_step),
+            (formulas.prefill_crossover(config), prefill_step),
+        ):
+            below, above = (formulas.layer_flops(config, step(int(crossover * f))) for f in (0.99, 1.01))
+            assert below.attention < below.projections + below.mlp
+            assert above.attention > above.projections + above.mlp
+
+
+@pytest.mark.parametrize("n, share", [(2048, 0.037), (8192, 0.13), (32768, 0.38), (131072, 0.71)])
+def test_attention_is_a_small_part_of_most_prefills(n: int, share: float) -> None:
+    flops = formulas.step_flops(LLAMA, prefill_step(n))
+    assert flops.attention / flops.total == pytest.approx(share, abs=0.005)
+
+
+def test_verifying_reads_what_decoding_reads() -> None:
+    """Five drafts cost five more rows of everything, and nothing more of weights or keys."""
+    decode, verify = (formulas.step_bytes(LLAMA, step, 2) for step in (decode_step(1000), verify_step(1000, 5)))
+    assert verify.kv_read == decode.kv_read and verify.kv_write == 6 * decode.kv_write
+    assert verify.weights - decode.weights == 5 * 2 * 4096  # five more embeddings

@@ -1,0 +1,54 @@
+"""What every figure shares: numbers on logarithmic axes, and words beside lines, that do not meet."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from matplotlib.axes import Axes
+
+from minillm.course.figures import style
+from tests.course.figures.tidy import untidy
+
+
+def log_axes(way: str, inches: float, low: float, high: float) -> Axes:
+    """Axes of a length, on which numbers from `low` to `high` go across or up."""
+    figure = style.new_figure(6, 8)
+    width, height = (inches, 3) if way == "x" else (3, inches)
+    axes = style.add_axes(figure, left=1.5, top=1, width=width, height=height)
+    style.bare(axes, keep="bottom" if way == "x" else "left")
+    axes.set(**{f"{way}scale": "log", f"{way}lim": (low, high)})  # type: ignore[arg-type]
+    style.plain_log(axes.xaxis if way == "x" else axes.yaxis)
+    return axes
+
+
+@pytest.mark.parametrize("way", ["x", "y"])
+@style.SHEET
+def test_numbers_on_a_logarithmic_axis_keep_apart(way: str) -> None:
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    for case in range(20):
+        low = 10 ** rng.uniform(-4, 3)
+        axes = log_axes(way, rng.uniform(0.7, 4), low, low * 10 ** rng.uniform(0.2, 5))
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        assert untidy(figure) == [], f"{seed=}, {case=}"
+
+
+@style.SHEET
+def test_where_there_is_room_there_are_more_of_them() -> None:
+    shown = [log_axes("x", inches, 1, 1000).get_xticks() for inches in (4, 1)]
+    assert [[tick for tick in ticks if 1 <= tick <= 1000] for ticks in shown] == [
+        [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000],
+        [1, 10, 100, 1000],
+    ]
+
+
+@style.SHEET
+def test_words_beside_lines_keep_apart_and_below_the_top() -> None:
+    axes = style.add_axes(style.new_figure(4), left=1, top=1, width=4, height=2)
+    axes.set_ylim(0, 10)
+    step = (style.SMALL + 4) / 72 / 2  # of a height of two inches
+    assert style.apart(axes, [2, 8]) == pytest.approx([0.2, 0.8]), "who meets nobody stays"
+    assert style.apart(axes, [2, 2.1, 5]) == pytest.approx([0.2, 0.2 + step, 0.5])
+    assert style.apart(axes, [10, 0, 9.9]) == pytest.approx([1 - step / 2, 0, 1 - 1.5 * step])

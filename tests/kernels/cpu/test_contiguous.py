@@ -1,0 +1,107 @@
+"""One sequence: every implementation that the choice may fall on, and the choice itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillm.attention import attention
+from minillm.kernels.cpu import contiguous, sdpa
+from minillm.kernels.cpu.contiguous import decode_attention
+from minillm.kernels.cpu.sdpa import sdpa_attention
+from tests.attention.cases import CASES, Case, check, expected, mutant, rejected
+
+LONG = {
+    "prompt": Case(600, 600, heads=6, kv_heads=2),
+    "chunk": Case(520, 700, heads=3, kv_heads=3),
+    "chunk in a window": Case(530, 600, window=100),
+    "one query, long context": Case(1, 2100, heads=6, kv_heads=2),
+    "one query, long context, window": Case(1, 2100, window=50),
+}
+
+
+def run(kernel: Callable[..., Tensor], case: Case, dtype: torch.dtype) -> None:
+    out = kernel(*case.tensors(dtype), scale=case.scale, sliding_window=case.window)
+    assert out.dtype == dtype
+    check(out, expected(case, dtype)[0], case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kernel", [attention, sdpa_attention])
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_short_sequences(case: Case, kernel: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    run(kernel, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LONG.values(), ids=list(LONG))
+def test_long_sequences(case: Case, dtype: torch.dtype) -> None:
+    run(attention, case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "choice"),
+    [
+        (Case(1, 500), torch.bfloat16, "sdpa_attention"),
+        (Case(1, 3000), torch.bfloat16, "decode_attention"),
+        (Case(1, 3000), torch.float32, "sdpa_attention"),
+        (Case(20, 3000), torch.bfloat16, "sdpa_attention"),
+        (Case(100, 100), torch.bfloat16, "sdpa_attention"),
+        (Case(256, 256), torch.bfloat16, "tiled_attention"),
+        (Case(256, 256), torch.float32, "sdpa_attention"),
+        (Case(600, 600), torch.float32, "tiled_attention"),
+        (Case(600, 600), torch.float16, "sdpa_attention"),
+    ],
+)
+def test_the_choice(case: Case, dtype: torch.dtype, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    for name in ("sdpa_attention", "tiled_attention", "decode_attention"):
+        monkeypatch.setattr(contiguous, name, lambda *a, name=name, **o: chosen.append(name) or [torch.empty(0)])
+    attention(*case.tensors(dtype), scale=1.0)
+    assert chosen == [choice]
+
+
+def test_keys_and_values_may_be_views() -> None:
+    """A contiguous cache hands out the first part of a longer buffer; q is a slice of a fused projection."""
+    for case in (CASES["group 3"], CASES["one query"], CASES["query shorter than keys"]):
+        q, k, v = case.tensors(torch.float32)
+        wide = torch.cat([q, q], dim=1)[:, : case.heads]
+        out = attention(
+            wide,
+            *(torch.cat([x, x], 1)[:, : case.kv_len] for x in (k, v)),
+            scale=case.scale,
+            sliding_window=case.window,
+        )
+        check(out, expected(case, torch.float32)[0], case, torch.float32)
+
+
+def test_several_sequences_with_one_query_each() -> None:
+    cases = [Case(1, 20, heads=6, kv_heads=2, seed=seed) for seed in range(3)]
+    q, k, v = zip(*(case.tensors(torch.float64) for case in cases), strict=True)
+    bias = torch.zeros(3, 1, 20).double()
+    out = decode_attention(torch.cat(q), torch.stack(k, 1), torch.stack(v, 1), bias, scale=cases[0].scale)
+    for row, case in zip(out, cases, strict=True):
+        check(row[None], expected(case, torch.float64)[0], case, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("q_len == kv_len and not windowed", "not windowed"),  # the kernel's own causal rule is top-left
+        ("sliding_window < kv_len", "sliding_window < 0"),
+        ("permute(1, 2, 0, 3)", "permute(1, 0, 2, 3)"),
+        ("mask.repeat(group, 1)", "mask.repeat_interleave(group, 0)"),
+    ],
+)
+def test_the_oracle_rejects(old: str, new: str, tmp_path: Path) -> None:
+    wrong = mutant(sdpa, old, new, tmp_path)
+
+    def all_cases() -> None:
+        for case in CASES.values():
+            run(wrong.sdpa_attention, case, torch.float64)
+
+    assert rejected(all_cases)

@@ -1,0 +1,110 @@
+"""A snapshot is what the pool's own books say at that moment, and it stays that way when the pool goes on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from minillm.cache.blocks import BlockPool, BlockTable
+from minillm.measure import snapshot as module
+from minillm.measure.snapshot import ROOT, PoolSnapshot
+
+BLOCK = 4
+Holders = dict[str, tuple[BlockTable, list[int]]]
+
+
+def churn(seed: int, steps: int = 40) -> tuple[BlockPool, Holders]:
+    """A pool after some time: sequences with common beginnings came, grew, forked and left."""
+    rng, pool, holders = random.Random(seed), BlockPool(24, BLOCK), Holders()
+    for step in range(steps):
+        name = rng.choice(list(holders) or [""])
+        action = rng.choice(["open", "grow", "fork", "close"] if name else ["open"])
+        if action == "open":
+            tokens = [rng.randrange(2) for _ in range(rng.randint(1, 14))]
+            table, start = pool.open(tokens)
+            _compute(pool, holders, f"s{step}", table, start, tokens)
+        elif action == "grow":
+            table, tokens = holders[name]
+            _compute(pool, holders, name, table, len(tokens), tokens + [rng.randrange(2) for _ in range(3)])
+        elif action == "fork":
+            holders[f"s{step}"] = pool.fork(holders[name][0]), list(holders[name][1])
+        else:
+            pool.release(holders.pop(name)[0])
+    pool.check(table for table, _ in holders.values())
+    return pool, holders
+
+
+def _compute(pool: BlockPool, holders: Holders, name: str, table: BlockTable, start: int, tokens: list[int]) -> None:
+    if pool.prepare(table, start, len(tokens)) is None:
+        pool.release(table)
+        holders.pop(name, None)
+        return
+    pool.commit(table, tokens, len(tokens))
+    holders[name] = table, tokens
+
+
+def check(seed: int) -> None:
+    """Recompute everything from the tables, the slow way."""
+    pool, holders = churn(seed)
+    shot = PoolSnapshot.take(pool, holders)
+    positions = [
+        (table.blocks[i // BLOCK], i % BLOCK) for table, tokens in holders.values() for i in range(len(tokens))
+    ]
+    held = {block for table, _ in holders.values() for block in table.blocks}
+    assert shot.num_held == len(held), f"{seed=}"
+    assert shot.waste == len(held) * BLOCK - len(set(positions)), f"{seed=}"
+    for block in pool.blocks:
+        assert shot.ref_counts[block.id] == len(list(shot.places(block.id))), f"{seed=}"
+    for name, (_, tokens) in holders.items():
+        assert sum(shot.filled(name, logical) for logical in range(len(shot.tables[name]))) == len(tokens), f"{seed=}"
+    assert len(shot.known) == pool.num_cached, f"{seed=}"
+    for block, (parent, tokens) in shot.known.items():
+        name = pool.blocks[block].prefix
+        assert name is not None and name.tokens == tokens, f"{seed=}"
+        assert parent == ROOT or pool.blocks[parent].prefix == name.parent, f"{seed=}"
+
+
+def test_a_snapshot_is_what_the_books_say() -> None:
+    start = random.randrange(2**32)
+    for seed in range(start, start + 40):
+        check(seed)
+
+
+def test_a_snapshot_stays() -> None:
+    pool, holders = churn(7)
+    shot = PoolSnapshot.take(pool, holders)
+    counts, tables, known = shot.ref_counts, dict(shot.tables), dict(shot.known)
+    for table, _ in holders.values():
+        pool.release(table)
+    pool.prepare(BlockTable(), 0, 23 * BLOCK)
+    assert (shot.ref_counts, shot.tables, shot.known) == (counts, tables, known)
+
+
+def _shared_places_count_twice(self: PoolSnapshot) -> int:
+    return self.num_held * self.block_size - sum(map(len, self.tokens.values()))
+
+
+def _last_block_is_full(self: PoolSnapshot, name: str, logical: int) -> int:
+    return self.block_size
+
+
+def _remembered_blocks_are_held(self: PoolSnapshot) -> int:
+    return len({*self.known, *(block for blocks in self.tables.values() for block in blocks)})
+
+
+MUTANTS: dict[str, tuple[str, Callable[..., int] | property]] = {
+    "a place that two share is empty twice": ("waste", property(_shared_places_count_twice)),
+    "every block is full": ("filled", _last_block_is_full),
+    "what is remembered is held": ("num_held", property(_remembered_blocks_are_held)),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_check_notices(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, wrong = MUTANTS[mutant]
+    monkeypatch.setattr(module.PoolSnapshot, name, wrong)
+    with pytest.raises(AssertionError):
+        for seed in range(40):
+            check(seed)
