@@ -4,7 +4,7 @@
     token = int(logits.argmax())                # the first new token comes out of prefill
     logits = decode(model, token, cache)        # one token per step: matrix x vector
 
-Both are `extend`: run new tokens behind those in the cache. They differ in how many tokens that is, and that decides
+Both are `extend`: run new tokens after those in the cache. They differ in how many tokens that is, and that decides
 everything else about them. M new tokens take one prefill and M - 1 decode steps.
 """
 
@@ -15,25 +15,32 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minillm.cache.contiguous import ContiguousCache, SequenceCache, new_cache
+from minillm.cache.contiguous import ContiguousCache, SequenceCache
 from minillm.config import check_prompt
-from minillm.model.decoder import Decoder
-from minillm.quantization.formats import get_format
-from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits, sample
+from minillm.model.decoder import Decoder, inference
+from minillm.sampling import SamplingParams, adjust, pick, probs_from_logits
 
-SPARE = 64  # tokens of room behind a prompt, before the cache has to grow
+SPARE = 64  # tokens of room after a prompt, before the cache has to grow
 
 
-@torch.inference_mode()
 def extend(model: Decoder, tokens: Tensor, cache: SequenceCache) -> Tensor:
-    """Run tokens [q_len] behind the cached ones; float32 logits [vocab_size] of what follows the last of them.
+    """Run tokens [q_len] after the cached ones; float32 logits [vocab_size] of what follows the last of them.
 
     The one step of inference. Any cut of a sequence into steps gives the same logits, up to rounding.
     """
-    positions = torch.arange(cache.num_tokens, cache.num_tokens + len(tokens), device=tokens.device)
-    hidden = model(tokens, positions, cache.attend)
-    cache.num_tokens += len(tokens)
-    return model.logits(hidden[-1:])[0]
+    with inference(model.device):
+        positions = torch.arange(cache.num_tokens, cache.num_tokens + len(tokens), device=tokens.device)
+        hidden = model(tokens, positions, cache.attend)
+        cache.num_tokens += len(tokens)
+        return model.logits(hidden[-1:])[0]
+
+
+def new_cache(model: Decoder, num_tokens: int) -> ContiguousCache:
+    """An empty cache with room for so many tokens and some more."""
+    capacity = num_tokens + SPARE
+    return ContiguousCache(
+        model.config, capacity=capacity, device=model.device, dtype=model.dtype, kernels=model.kernels
+    )
 
 
 def prefill(model: Decoder, token_ids: Sequence[int]) -> tuple[Tensor, ContiguousCache]:
@@ -42,7 +49,7 @@ def prefill(model: Decoder, token_ids: Sequence[int]) -> tuple[Tensor, Contiguou
     Raises RequestError for an empty prompt, an unknown token id, or more tokens than the model has positions.
     """
     check_prompt(token_ids, model.config)
-    cache = ContiguousCache(model.config, capacity=len(token_ids) + SPARE, device=model.device, dtype=model.dtype)
+    cache = new_cache(model, len(token_ids))
     return extend(model, torch.tensor(token_ids, device=model.device), cache), cache
 
 
@@ -57,32 +64,41 @@ def generate(
     params: SamplingParams | None = None,
     *,
     sample_index: int = 0,
-    kv_format: str = "auto",
+    cache: SequenceCache | None = None,
 ) -> Iterator[int]:
     """Yield the new tokens, each as soon as it is known. The end token is part of them, as in vLLM.
 
     Stops after `max_tokens`, at a stop token, or where the model has no more positions. `sample_index` picks the
-    random stream of one of several completions. `kv_format`: see `minillm.quantization.formats`.
+    random stream of one of several completions. `cache`: an empty one, if it should not be a `ContiguousCache`.
     """
     params = params or SamplingParams()
-    generator = None if params.greedy else params.generator(sample_index, default_seed=0, device=model.device)
-    room = model.config.max_position_embeddings - len(token_ids)
     check_prompt(token_ids, model.config)
-    capacity = len(token_ids) + SPARE
-    cache = new_cache(model.config, get_format(kv_format), capacity=capacity, device=model.device, dtype=model.dtype)
+    room = model.config.max_position_embeddings - len(token_ids) + 1
+    cache = cache or new_cache(model, len(token_ids))
     logits = extend(model, torch.tensor(token_ids, device=model.device), cache)
-    tokens = list(token_ids)
-    for step in range(min(params.max_tokens, room + 1)):
+    output: list[int] = []
+    for step in range(min(params.max_tokens, room)):
         if step > 0:
-            logits = decode(model, tokens[-1], cache)
-        tokens.append(choose(logits, tokens, params, generator))
-        yield tokens[-1]
-        if params.ends_with(tokens[-1], model.config.eos_token_ids):
+            logits = decode(model, output[-1], cache)
+        output.append(choose(logits, params, token_ids, output, sample_index, model.config.eos_token_ids))
+        yield output[-1]
+        if params.ends_with(output[-1], model.config.eos_token_ids):
             return
 
 
-def choose(logits: Tensor, tokens: list[int], params: SamplingParams, generator: torch.Generator | None) -> int:
-    """The token behind `tokens`, drawn from its logits [vocab_size]; a greedy one needs no generator."""
-    if params.repetition_penalty != 1:
-        logits = penalize_repetition(logits, torch.tensor(tokens, device=logits.device), params.repetition_penalty)
-    return int(sample(probs_from_logits(logits[None], [params]), [generator]))
+def choose(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    sample_index: int = 0,
+    end_ids: Sequence[int] = (),
+) -> int:
+    """The token after `prompt` and `output`, drawn from its logits [vocab_size]."""
+    if params.adjusts:
+        logits = adjust(logits, params, prompt, output, end_ids)
+    probs = probs_from_logits(logits[None], [params])
+    if params.greedy:
+        return int(probs.argmax())
+    u = params.random(sample_index, len(output))
+    return int(pick(probs, torch.tensor([u], dtype=torch.float64, device=probs.device)))

@@ -13,7 +13,7 @@ from types import ModuleType
 ANY = "any"  # device: the offer is for all of them
 OFFERS = {
     "linear": {"cpu": "minillm.kernels.cpu.linear"},
-    "attention": {"cpu": "minillm.kernels.cpu.attention"},
+    "attention": {"cpu": "minillm.kernels.cpu.attention", "cuda": "minillm.kernels.sdpa"},
     "paged_attention": {"cpu": "minillm.kernels.cpu.paged", "cuda": "minillm.kernels.gpu.paged"},
     "graphs": {"cuda": "minillm.kernels.gpu.graphs"},
     "kv_format": {ANY: "minillm.quantization.cache"},

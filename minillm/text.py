@@ -1,9 +1,24 @@
-"""From tokens to text that is never taken back: characters complete, stop strings cut off."""
+"""From tokens to text that is never taken back: characters complete, stop strings cut off.
+
+`OutputProcessor` is the one place where the engine's tokens become text, and where text ends a completion. `LLM` and a
+server put their requests in here and take results out.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from minillm.engine.engine import Engine, TokenEvent
+from minillm.engine.request import Request
+from minillm.errors import RequestError
 from minillm.model.tokenizer import Detokenizer, Tokenizer
-from minillm.outputs import CompletionOutput
+from minillm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from minillm.prompts import Prompt
+from minillm.sampling import SamplingParams
 
 
 class TextStream:
@@ -13,21 +28,27 @@ class TextStream:
     sees neither half a character nor half a stop string.
     """
 
-    def __init__(self, output: CompletionOutput, tokenizer: Tokenizer, stop_strings: tuple[str, ...]) -> None:
+    def __init__(self, output: CompletionOutput, tokenizer: Tokenizer, params: SamplingParams) -> None:
         self.output = output
-        self.stop_strings = stop_strings
-        self._detokenizer = Detokenizer(tokenizer)
+        self.params = params
+        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._held = ""
 
     def push(self, token: int) -> str | None:
-        """Add one token. Returns the stop string that it completes, if any: the text then ends before it."""
+        """Add one token. Returns the stop string that it completes, if any: the text then ends before it.
+
+        With `include_stop_str_in_output` it ends after it. No text stops before `min_tokens` tokens.
+        """
         text = self._held + self._detokenizer.push([token])
-        hits = [(text.find(stop), stop) for stop in self.stop_strings if stop in text]
+        stops = self.params.stop_strings
+        if len(self.output.token_ids) <= self.params.min_tokens:
+            stops = ()
+        hits = [(text.find(stop), stop) for stop in stops if stop in text]
         if hits:
             position, stop = min(hits)
-            self._show(text[:position], held="")
+            self._show(text[: position + len(stop) * self.params.include_stop_str_in_output], held="")
             return stop
-        hold = max((_overlap(text, stop) for stop in self.stop_strings), default=0)
+        hold = max((_overlap(text, stop) for stop in self.params.stop_strings), default=0)
         self._show(text[: len(text) - hold], held=text[len(text) - hold :])
         return None
 
@@ -43,3 +64,145 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(eq=False)
+class Live:
+    """A request in the engine: its result so far, and who writes the text of each completion."""
+
+    output: RequestOutput
+    texts: list[TextStream] | None  # None without a tokenizer
+    mailbox: list[Live]  # where it is put when it has changed
+    told: bool = True  # whether its owner has seen the last change
+
+
+class OutputProcessor:
+    """Requests in, results with text out. Several callers, each with a mailbox of its own, may take turns.
+
+    tokenizer: None for a model without text. `new_metrics` makes the times of a request.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.new_metrics: Callable[..., RequestMetrics] = RequestMetrics
+        self._live: dict[str, Live] = {}
+        self._events: deque[TokenEvent] = deque()
+        self._lock = threading.RLock()
+
+    def encode(self, prompt: Prompt, params: SamplingParams) -> tuple[Prompt, SamplingParams]:
+        """The prompt with its token ids, and the parameters with their bad words in tokens; checked by the engine.
+
+        Raises `RequestError` for what the engine could never serve, or what needs a tokenizer if there is none.
+        """
+        needs_text = prompt.token_ids is None or params.stop_strings or params.bad_words
+        if needs_text and self.tokenizer is None:
+            raise RequestError(
+                "A random model has no tokenizer. Give token ids, such as [1, 2, 3], as the prompt, stop_token_ids "
+                "instead of stop, and bad_words_token_ids instead of bad_words."
+            )
+        if prompt.token_ids is None and self.tokenizer:
+            prompt = replace(prompt, token_ids=tuple(self.tokenizer.encode(prompt.text or "")))
+        if params.bad_words and self.tokenizer:
+            spellings = [text for word in params.bad_words for text in (word, f" {word.lstrip()}")]
+            ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+            params = replace(params, bad_words_token_ids=(*params.bad_words_token_ids, *map(tuple, ids)))
+        self.engine.check(prompt.token_ids or (), params)
+        return prompt, params
+
+    def add(self, name: str, prompt: Prompt, params: SamplingParams, mailbox: list[Live]) -> Live:
+        """Queue a request that `encode` has seen, under a name of `engine.new_id`."""
+        outputs = [CompletionOutput(index) for index in range(params.n)]
+        metrics = self.new_metrics(time.perf_counter(), [[] for _ in outputs])
+        result = RequestOutput(name, prompt.text, list(prompt.token_ids or ()), outputs, metrics)
+        texts = [TextStream(output, self.tokenizer, params) for output in outputs] if self.tokenizer else None
+        live = Live(result, texts, mailbox)
+        with self._lock:
+            self._live[name] = live
+            arrival, salt = metrics.arrival_time, prompt.cache_salt
+            self.engine.add(
+                result.prompt_token_ids, params, request_id=name, cache_salt=salt, arrival_time=arrival
+            )
+        return live
+
+    def step(self, mailbox: list[Live]) -> list[Live]:
+        """The requests of this mailbox that have changed since it was last asked; steps the engine if none has.
+
+        Whoever steps takes the events of all requests, and puts them into everybody's mailboxes. Requests that were
+        added to the engine itself are not told here.
+        """
+        with self._lock:
+            if not mailbox:
+                self._events.extend(self.engine.step())
+            while self._events:
+                event = self._events[0]
+                if event.request.request_id in self._live:
+                    self._take(self._live[event.request.request_id], event.request, event.time)
+                self._events.popleft()
+            if not mailbox:
+                self._end_the_lost()
+            changed = list(mailbox)
+            mailbox.clear()
+            for live in changed:
+                live.told = True
+        return changed
+
+    def drop(self, name: str) -> None:
+        """Forget a request; what is unfinished of it is aborted."""
+        with self._lock:
+            self._live.pop(name, None)
+            self.engine.abort(name)
+
+    def _end_the_lost(self) -> None:
+        """End the requests that the engine has let go of without a word: aborted by others."""
+        for live in [live for name, live in self._live.items() if name not in self.engine.requests]:
+            for output in live.output.outputs:
+                output.finish_reason = output.finish_reason or "abort"
+            self._tell(live)
+
+    def _tell(self, live: Live) -> None:
+        if live.told:
+            live.told = False
+            live.mailbox.append(live)
+
+    def _take(self, live: Live, request: Request, now: float) -> None:
+        """Bring one completion level with what the engine knows of it: ids, times, text, and whether it is finished."""
+        result, output = live.output, live.output.outputs[request.index]
+        self._tell(live)
+        result.metrics.first_scheduled_time = request.first_scheduled_time
+        result.num_cached_tokens = request.num_cached
+        self._take_prompt_logprobs(result, request)
+        for token in request.tokens[request.num_prompt + len(output.token_ids) :]:
+            output.token_ids.append(token)
+            result.metrics.token_times[output.index].append(now)
+            if request.params.logprobs is not None:
+                self._take_logprobs(output, token, request.logprobs[len(output.token_ids) - 1])
+            hit = live.texts[output.index].push(token) if live.texts else None
+            if hit is not None:
+                output.finish_reason, output.stop_reason = "stop", hit
+                self.engine.finish(result.request_id, output.index, "stop", hit)
+                return
+        if request.finished:
+            output.finish_reason, output.stop_reason = request.finish_reason, request.stop_reason
+            output.error = request.error
+            if live.texts:
+                live.texts[output.index].close()
+
+    def _take_logprobs(self, output: CompletionOutput, token: int, told: dict[int, Logprob]) -> None:
+        output.cumulative_logprob = (output.cumulative_logprob or 0.0) + told[token].logprob
+        output.logprobs = output.logprobs or []
+        output.logprobs.append(self._spell(told))
+
+    def _take_prompt_logprobs(self, result: RequestOutput, request: Request) -> None:
+        """Once the prompt is computed: None for its first token, which nothing comes before."""
+        if request.params.prompt_logprobs is not None and result.prompt_logprobs is None and request.index == 0:
+            result.prompt_logprobs = [None, *map(self._spell, request.prompt_logprobs)]
+
+    def _spell(self, told: dict[int, Logprob]) -> dict[int, Logprob]:
+        """Candidates with their text, and their bytes: two tokens may look alike, and one may be half a character."""
+        if self.tokenizer is None:
+            return told
+        raw = {token: self.tokenizer.token_bytes(token) for token in told}
+        return {
+            token: replace(one, decoded_token=raw[token].decode("utf-8", "replace"), token_bytes=raw[token])
+            for token, one in told.items()
+        }

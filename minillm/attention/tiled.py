@@ -19,9 +19,10 @@ from math import e, log, log2
 import torch
 from torch import Tensor
 
-from minillm.attention.reference import NEG_INF, accumulator_dtype
+from minillm.attention.reference import NEG_INF, accumulator_dtype, naive_attention
 
 Q_TILE, KV_TILE = 256, 256  # of 64 to 512, measured: larger leaves the caches, smaller starts more operators
+TILED_QUERIES = 32  # with fewer, starting the operators of a tile costs more than the arithmetic
 LN2 = log(2)
 
 
@@ -70,6 +71,13 @@ def tiled_attention(
                 observer(softmax.snapshot(queries, keys))
         softmax.finish(out[queries.start : queries.stop], lse[queries.start : queries.stop])
     return out, lse
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
+    """Causal attention of one sequence, by tiles if it has many queries: `[q_len, heads, d]` like q."""
+    if len(q) < TILED_QUERIES:
+        return naive_attention(q, k, v, scale=scale, sliding_window=sliding_window)
+    return tiled_attention(q, k, v, scale=scale, sliding_window=sliding_window)[0]
 
 
 def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

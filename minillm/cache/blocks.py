@@ -9,7 +9,8 @@ in plain Python and never sees a tensor. Four rules carry all of it:
 * A block enters the prefix cache only when it is full and its KV is computed (`commit`).
 * A block is written only while one table owns it and the cache does not know it (`prepare` sees to that).
 
-    table, start = pool.open(tokens)                # starts with whatever the prefix cache knows
+    hits = pool.lookup(tokens)                      # what the prefix cache knows of a prompt's beginning
+    table, start = pool.open(tokens, hits)          # a table that holds it
     copies = pool.prepare(table, start, end)        # makes positions start..end-1 writable; None: blocks are lacking
     ...                                             # copy the blocks, compute the KV
     pool.commit(table, tokens, num_computed=end)    # full blocks become known to others
@@ -18,9 +19,11 @@ in plain Python and never sees a tensor. Four rules carry all of it:
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from minillm.errors import ConfigError
 
@@ -74,12 +77,12 @@ class Block:
 class BlockTable:
     """Where the KV of one sequence lies: block `blocks[i]` holds positions i * block_size and on.
 
-    The first `num_hashed` blocks are full, computed and named by `prefix`. The list only grows; rolling back is a
-    matter of counters (`BlockPool.truncate`).
+    The first `num_hashed` blocks are full, computed and named by `prefix`. The table only grows; rolling back is a
+    matter of counters (`BlockPool.truncate`). It is an array, so that a step copies it without looking at each number.
     """
 
     prefix: Prefix = field(default_factory=lambda: Prefix(()))
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     num_hashed: int = 0
 
 
@@ -116,9 +119,8 @@ class FreeQueue:
 class BlockPool:
     """Hands out the blocks 1..num_blocks-1 of a cache and remembers what is in them.
 
-    `identity` names everything that changes the KV of the same tokens: model, dtype, format. Whoever finds a known
-    beginning goes on behind a multiple of `stride` tokens; formats that cannot go on within a block set it to
-    `block_size`. Raises `ConfigError` for sizes that cannot hold anything.
+    `identity` names everything that changes the KV of the same tokens: model, dtype, format. Raises `ConfigError` for
+    sizes that cannot hold anything.
     """
 
     def __init__(
@@ -128,7 +130,6 @@ class BlockPool:
         *,
         identity: Hashable = None,
         enable_prefix_caching: bool = True,
-        stride: int = 1,
     ) -> None:
         if num_blocks < 2 or block_size < 1:
             raise ConfigError(
@@ -137,10 +138,15 @@ class BlockPool:
             )
         self.block_size = block_size
         self.identity = identity
-        self.stride = stride
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block(index) for index in range(num_blocks)]
-        self.free = FreeQueue(range(1, num_blocks))
+        self.reset()
+
+    def reset(self) -> None:
+        """Take every block back and forget what is in them. Tables that still hold blocks are void."""
+        for block in self.blocks:
+            block.ref_count, block.prefix = 0, None
+        self.free = FreeQueue(range(1, len(self.blocks)))
         self.cached: dict[Prefix, Block] = {}  # what the prefix cache knows, held or free
 
     @property
@@ -162,43 +168,54 @@ class BlockPool:
         """How many blocks hold this many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def open(self, tokens: Sequence[int], salt: Hashable = None) -> tuple[BlockTable, int]:
-        """A table that already holds every leading full block of `tokens` the cache knows, and the tokens it saves.
+    def lookup(self, tokens: Sequence[int], cache_salt: str | None = None, hits: Sequence[Prefix] = ()) -> list[Prefix]:
+        """The names of the known blocks at the beginning of `tokens`. Changes nothing.
+
+        `hits`: what an earlier look found. Only what comes after it is hashed again, so that a request which waits for
+        blocks does not pay for its prefix in every step. Requests with different `cache_salt` never share blocks.
+        """
+        names = list(takewhile(self.cached.__contains__, hits))
+        parent = names[-1] if names else Prefix((self.identity, cache_salt))
+        for start in range(len(names) * self.block_size, len(tokens) - self.block_size + 1, self.block_size):
+            block = self.cached.get(Prefix(tuple(tokens[start : start + self.block_size]), parent))
+            if block is None or block.prefix is None:
+                break
+            parent = block.prefix  # this very link, so that comparing its children ends here
+            names.append(parent)
+        return names
+
+    def fits(self, hits: Sequence[Prefix], num_tokens: int, spare: int = 0) -> bool:
+        """Whether a table that begins with `hits` can grow to `num_tokens` tokens and leave `spare` blocks over."""
+        held = [self.cached[prefix].ref_count > 0 for prefix in hits]
+        copied = bool(held) and held[-1] and len(hits) * self.block_size >= num_tokens  # its last token is computed
+        return self.blocks_for(num_tokens) - sum(held) + copied + spare <= self.num_free
+
+    def open(self, tokens: Sequence[int], hits: Sequence[Prefix], cache_salt: str | None = None) -> tuple[BlockTable, int]:
+        """A table that holds the blocks that `lookup` found, and the number of tokens it saves.
 
         The last token always stays to be computed, because its logits are wanted: a prompt that is known entirely
-        costs one token (the tokens of its last stride). Requests with different `salt` never share blocks.
+        costs one token.
         """
-        table = BlockTable(Prefix((self.identity, salt)))
-        for block, prefix in self.match(tokens, table.prefix):
+        table = BlockTable(hits[-1] if hits else Prefix((self.identity, cache_salt)), num_hashed=len(hits))
+        for prefix in hits:
+            block = self.cached[prefix]
             self._hold(block)
             table.blocks.append(block.id)
-            table.prefix = prefix
-            table.num_hashed += 1
-        num_known = max(0, min(table.num_hashed * self.block_size, len(tokens) - 1))
-        num_computed = num_known // self.stride * self.stride
+        num_computed = max(0, min(len(hits) * self.block_size, len(tokens) - 1))
         self.truncate(table, num_computed)
         return table, num_computed
 
-    def match(self, tokens: Sequence[int], parent: Prefix) -> Iterator[tuple[Block, Prefix]]:
-        """The known blocks at the beginning of `tokens`, each with the link that names it."""
-        for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
-            block = self.cached.get(Prefix(tuple(tokens[start : start + self.block_size]), parent))
-            if block is None or block.prefix is None:
-                return
-            yield block, block.prefix
-            parent = block.prefix  # this very link, so that comparing its children ends here
-
-    def prepare(self, table: BlockTable, start: int, end: int, *, spare: int = 0) -> list[tuple[int, int]] | None:
+    def prepare(self, table: BlockTable, start: int, end: int) -> list[tuple[int, int]] | None:
         """Make positions start..end-1 of the table writable, or change nothing and return None if blocks are lacking.
 
         Appends blocks up to `end`. A block that others hold too is replaced by a fresh one: copy-on-write, and the
         caller must copy each returned `(source, target)` before the step writes anything. A block that only the prefix
-        cache knows is forgotten there instead. `spare` blocks must be left over for others.
+        cache knows is forgotten there instead.
         """
         written = range(start // self.block_size, min(self.blocks_for(end), len(table.blocks)))
         shared = [index for index in written if self.blocks[table.blocks[index]].ref_count > 1]
         num_new = max(0, self.blocks_for(end) - len(table.blocks))
-        if len(shared) + num_new + spare > self.num_free:
+        if len(shared) + num_new > self.num_free:
             return None
         copies = [(table.blocks[index], self._take()) for index in shared]
         for index, (source, target) in zip(shared, copies, strict=True):
@@ -206,7 +223,7 @@ class BlockPool:
             self._drop(self.blocks[source])
         for index in written:
             self._forget(self.blocks[table.blocks[index]])
-        table.blocks += [self._take() for _ in range(num_new)]
+        table.blocks.extend(self._take() for _ in range(num_new))
         return copies
 
     def commit(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> None:
@@ -237,7 +254,7 @@ class BlockPool:
         """A second table over the same blocks, the partly filled last one included; whoever writes first copies it."""
         for index in table.blocks:
             self._hold(self.blocks[index])
-        return BlockTable(table.prefix, list(table.blocks), table.num_hashed)
+        return BlockTable(table.prefix, table.blocks[:], table.num_hashed)
 
     def release(self, table: BlockTable) -> None:
         """Give all blocks back, last one first: a prefix is worth more than what follows it, so it is evicted later."""

@@ -11,12 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, PagedAttention, write_kv
+from minillm.attention import AttentionMetadata, Backend
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError
 from minillm.model.decoder import Attend
-from minillm.quantization.formats import Format, get_format
-from minillm.quantization.tails import TailPool
 
 CPU_CACHE_BYTES = 2**30  # what a cache takes at most on a CPU if nobody says how much; pages are touched when written
 CUDA_FREE_SHARE = 0.9  # of the memory that is free once the model is loaded; the rest is for activations
@@ -27,8 +25,6 @@ class BlockTensors:
 
     Block 0 is the dummy block that padding is written to.
     """
-
-    tails: TailPool | None = None  # exact keys of unfinished blocks, for formats that need them
 
     def __init__(self, config: ModelConfig, tensors: list[Tensor], *, num_blocks: int, block_size: int) -> None:
         self.config = config
@@ -43,101 +39,88 @@ class BlockTensors:
     @property
     def bytes_per_token(self) -> int:
         """What one token occupies in all layers."""
-        return sum(tensor.nbytes for tensor in self.tensors) // (self.num_blocks * self.block_size)
+        return self.num_bytes // (self.num_blocks * self.block_size)
 
-    def bytes_read(self, q_len: int, kv_len: int) -> int:
-        """Least KV traffic of a sequence's queries in one step: every key and value that one of them sees, once."""
-        window = self.config.sliding_window
-        return self.bytes_per_token * (kv_len if window is None else min(kv_len, window + q_len - 1))
+    def copy(self, copies: Tensor) -> None:
+        """Copy whole blocks, `[n, 2]` int64 (source, target), in all layers.
 
-    def copy(self, copies: list[tuple[int, int]]) -> None:
-        """Copy whole blocks, (source, target), in all layers. All sources are read before any target is written."""
-        if not copies:
-            return
-        sources, targets = torch.tensor(copies, device=self.tensors[0].device).unbind(1)
+        All sources are read before any target is written.
+        """
+        if len(copies):
+            sources, targets = copies.unbind(1)
+            for tensor in self.tensors:
+                tensor.index_copy_(1, targets, tensor.index_select(1, sources))
+
+    def gather(self, blocks: Tensor) -> Tensor:
+        """What stands in these blocks `[n]` int64, all layers, as bytes `[n, bytes per block]`: to be handed over."""
+        parts = [tensor.index_select(1, blocks).transpose(0, 1).contiguous() for tensor in self.tensors]
+        return torch.cat([part.view(torch.uint8).flatten(1) for part in parts], dim=1)
+
+    def scatter(self, blocks: Tensor, source: Tensor) -> None:
+        """Put what `gather` gave into these blocks `[n]`."""
+        start = 0
         for tensor in self.tensors:
-            tensor.index_copy_(1, targets, tensor.index_select(1, sources))
+            size = tensor[:, 0].nbytes
+            part = source[:, start : start + size].contiguous().view(tensor.dtype)
+            tensor[:, blocks] = part.view(len(blocks), len(tensor), *tensor.shape[2:]).transpose(0, 1)
+            start += size
 
 
 class PagedCache(BlockTensors):
-    """Keys and values of many sequences, `num_blocks` blocks of `block_size` tokens for each layer.
+    """Keys and values of many requests, `num_blocks` blocks of `block_size` tokens for each layer.
 
-    `attention` reads through the block tables; writing comes first, so a token sees itself.
+    `backend` writes first and then reads through the block tables, so a token sees itself.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        attention: PagedAttention,
+        backend: Backend,
         *,
         num_blocks: int,
         block_size: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.attention = attention
+        self.backend = backend
         shape = (config.num_kv_heads, num_blocks, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         super().__init__(config, self.keys + self.values, num_blocks=num_blocks, block_size=block_size)
 
-    def attend(self, layout: AttentionMetadata) -> Attend:
-        """The decoder's `attend` for one step whose sequences lie as `layout` says."""
-        return partial(self._attend, layout)
+    def attend(self, metadata: AttentionMetadata) -> Attend:
+        """The decoder's `attend` for one step whose requests lie as `metadata` says."""
+        return partial(self._attend, self.backend.prepare(metadata, self.keys[0]))
 
-    def _attend(self, layout: AttentionMetadata, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, metadata: AttentionMetadata, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
-        write_kv(k, v, keys, values, layout)
+        self.backend.write(k, v, keys, values, metadata)
         scale, window = self.config.head_dim**-0.5, self.config.sliding_window
-        return self.attention(q, keys, values, layout, scale=scale, sliding_window=window)
+        return self.backend.attend(q, keys, values, metadata, scale=scale, sliding_window=window)
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, kv_format: Format | None = None) -> int:
-    """Bytes of one block in all layers, ranges included.
-
-    Unquantised 2 (K and V) x layers x KV heads x head_dim x block_size x element size.
-    """
-    if kv_format is not None:
-        return config.num_layers * kv_format.block_bytes(config.num_kv_heads, block_size, config.head_dim)
-    return 2 * tail_bytes(config, block_size, dtype)
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers: 2 (K and V) x layers x KV heads x head_dim x block_size x element size."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
-def tail_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a block's keys in all layers, in the model's dtype: of one tail."""
-    return config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
-
-
-def choose_num_tails(engine: EngineConfig, num_blocks: int) -> int:
-    """As many tails as there can be blocks in use that are not complete, or become so in a step.
-
-    One for each sequence that rests, and one for the dummy block. A sequence that computes q tokens writes at most to
-    2 + (q - 2) / block_size blocks; all of them compute `max_num_batched_tokens` at most.
-    """
-    return min(num_blocks, 1 + 2 * engine.max_num_seqs + engine.max_num_batched_tokens // engine.kv_block_size)
-
-
-def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """How many blocks to allocate: what the user says, else as many as the memory budget holds.
+def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.device, per_block: int) -> int:
+    """How many blocks of `per_block` bytes to allocate: what the user says, else as many as the memory budget holds.
 
     The budget is `cache_bytes`, else a share of the memory that is free now on a GPU (whatever other processes hold is
     gone already: subtracting it again has driven others below zero), else `CPU_CACHE_BYTES`. Never more than all
-    sequences could fill at the model's full length. Raises `ConfigError` if the budget does not hold one block.
+    requests could fill at the model's full length. Raises `ConfigError` if the budget does not hold two blocks.
     """
     if engine.num_blocks is not None:
         return engine.num_blocks
-    budget, block_size = engine.cache_bytes or _free_bytes(device), engine.kv_block_size
-    kv_format = get_format(engine.kv_format)
-    per_block = block_bytes(config, block_size, dtype, kv_format)
-    per_tail = tail_bytes(config, block_size, dtype) if kv_format and kv_format.needs_tails else 0
-    num_tails = choose_num_tails(engine, num_blocks=budget // (per_block + per_tail))
-    num_blocks = (budget - num_tails * per_tail) // per_block
-    if num_blocks < 2:
+    budget = engine.cache_bytes or _free_bytes(device)
+    if budget < 2 * per_block:
         raise ConfigError(
-            f"{budget:,} bytes hold {num_blocks} blocks of {per_block + per_tail:,} bytes; at least 2 are needed. "
+            f"{budget:,} bytes hold {budget // per_block} blocks of {per_block:,} bytes; at least 2 are needed. "
             "Raise cache_bytes, make block_size smaller, or free memory on the device."
         )
-    longest = -(-config.max_position_embeddings // block_size)
-    return min(num_blocks, 1 + engine.max_num_seqs * longest)
+    longest = -(-config.max_position_embeddings // engine.block_size)
+    return min(budget // per_block, 1 + engine.max_num_seqs * longest)
 
 
 def _free_bytes(device: torch.device) -> int:

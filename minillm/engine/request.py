@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 
-from torch import Generator
-
-from minillm.cache.blocks import BlockTable
-from minillm.outputs import FinishReason
+from minillm.cache.blocks import BlockTable, Prefix
+from minillm.outputs import FinishReason, Logprob
 from minillm.sampling import SamplingParams
 
 
@@ -17,32 +14,33 @@ class Request:
     """A prompt and what was generated from it.
 
     There is no state machine: counters say everything. `num_computed` of the `num_tokens` tokens have their KV in the
-    cache, and each step moves the first number towards the second. A long prompt, a prefix hit, a sequence that lost
+    cache, and each step moves the first number towards the second. A long prompt, a prefix hit, a request that lost
     its blocks and a running decode differ in nothing but the distance (`num_remaining`).
 
-    A request for n completions is one sequence until its prompt is computed; then it spawns the other n - 1.
+    A request for n completions is one `Request` until its prompt is computed; then it spawns the other n - 1.
     """
 
     request_id: str
-    order: tuple[int, int]  # (arrival number of the request, index of the completion): smaller goes first
+    order: tuple[int, int]  # (arrival number, index of the completion): smaller goes first
     tokens: list[int]  # the prompt, then what was generated; the last one is never computed before it is sampled from
     num_prompt: int
     params: SamplingParams
-    seed: int  # serves if params.seed is None
     arrival_time: float
-    salt: Hashable = None  # requests with different salts never share KV
-    num_forks: int = 0  # completions still to be spawned
+    cache_salt: str | None = None  # requests with different salts never share KV
     num_computed: int = 0
-    num_cached: int = 0  # prompt tokens that the prefix cache saved when the sequence first ran
+    num_cached: int = 0  # prompt tokens that the prefix cache saved when the request first ran
     num_written: int = 0  # tokens whose KV was ever computed: computing one of them again is the price of preemption
     num_preemptions: int = 0
     max_drafts: int = 0  # tokens that may be guessed for it in one step; 0: it never speculates
     num_drafts: int = 0  # tokens to guess next: adapted to how many were right
     table: BlockTable = field(default_factory=BlockTable)
-    generator: Generator | None = None  # made when first needed, kept through preemptions
+    hits: list[Prefix] = field(default_factory=list)  # blocks that the last look into the prefix cache found
     first_scheduled_time: float | None = None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of each generated token, if asked for
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of prompt tokens 1, 2, …, if asked for
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None  # why finish_reason is "error"
 
     @property
     def index(self) -> int:
@@ -59,36 +57,38 @@ class Request:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens still to be computed: 1 for a sequence that is level, more for one that is behind.
+        """Tokens still to be computed: 1 for a request that is level, more for one that is behind.
 
         Drafts do not count: they are guesses of one step, and belong to its plan.
         """
         return len(self.tokens) - self.num_computed
 
     @property
+    def num_forks(self) -> int:
+        """Completions still to be spawned: they come with the first token of completion 0."""
+        return self.params.n - 1 if self.index == 0 and self.num_generated == 0 else 0
+
+    @property
     def width(self) -> int:
-        """Completions that this sequence stands for."""
+        """Completions that this request stands for."""
         return 1 + self.num_forks
 
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def extend(self, tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
-        """Take over the tokens of a step up to the one that ends the sequence, if any does; returns those taken."""
+    def extend(self, tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:
+        """Take over the tokens of a step up to the one that ends the request, if any does; returns those taken."""
         for count, token in enumerate(tokens, 1):
-            self._append(token, eos_token_ids)
+            self.tokens.append(token)
+            if self.params.ends_with(token, end_ids):
+                self.finish_reason = "stop"
+                self.stop_reason = token if token in (self.params.stop_token_ids or ()) else None
+            elif self.num_generated >= self.params.max_tokens:
+                self.finish_reason = "length"
             if self.finished:
                 return tokens[:count]
         return tokens
-
-    def _append(self, token: int, eos_token_ids: tuple[int, ...]) -> None:
-        self.tokens.append(token)
-        if self.params.ends_with(token, eos_token_ids):
-            self.finish_reason = "stop"
-            self.stop_reason = token if token in (self.params.stop_token_ids or ()) else None
-        elif self.num_generated >= self.params.max_tokens:
-            self.finish_reason = "length"
 
     def adapt_drafts(self, num_proposed: int, num_accepted: int) -> None:
         """Guess as far as the last guess was right, and one token further; twice as far if all of it was right.
@@ -101,15 +101,21 @@ class Request:
 
     def spawn(self) -> list[Request]:
         """The other completions of the request, as they begin: same tokens, no blocks yet."""
-        order, index = self.order
+        arrival, index = self.order
         return [
             replace(
                 self,
-                order=(order, index + 1 + fork),
+                order=(arrival, index + 1 + fork),
                 tokens=list(self.tokens),
-                num_forks=0,
                 table=BlockTable(),
-                generator=None,
+                hits=[],
+                logprobs=[],
+                prompt_logprobs=[],
             )
             for fork in range(self.num_forks)
         ]
+
+    def start_over(self) -> None:
+        """Forget blocks and counts, not tokens: the request is computed again from its first token."""
+        self.table, self.hits, self.num_computed = BlockTable(), [], 0
+        del self.logprobs[self.num_generated :]

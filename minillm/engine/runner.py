@@ -1,134 +1,56 @@
-"""Runs a packed step through the model and draws the next tokens."""
+"""Runs a packed step through the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from minillm.attention import HAS_TRITON, get_backend, get_quantized_backend
-from minillm.cache.paged import PagedCache, choose_num_blocks, choose_num_tails
+from minillm.attention import choose_backend
+from minillm.cache.paged import BlockTensors, PagedCache, block_bytes, choose_num_blocks
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
-from minillm.engine.request import Request
-from minillm.engine.verify import verify
-from minillm.kernels.gpu.graphs import DecodeGraphs
-from minillm.model.decoder import Decoder
-from minillm.outputs import Logprob
-from minillm.quantization.cache import QuantizedCache
-from minillm.quantization.formats import get_format
-from minillm.sampling import penalize_repetition, probs_from_logits
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The new tokens of each of a batch's samplers, and for each token the candidates that its parameters ask for."""
-
-    tokens: list[list[int]]
-    logprobs: list[list[dict[int, Logprob]] | None]
+from minillm.errors import ConfigError
+from minillm.model.decoder import Decoder, inference
+from minillm.seams import offer
 
 
 class ModelRunner:
-    """A model, its cache, and the step from a batch to tokens. Knows nothing of requests, queues or time.
-
-    Two rules between logits and tokens are attributes: `process` makes distributions of logits, `verify` tokens of
-    these.
-    """
+    """A model, its cache, and the step from a batch to logits. Knows nothing of requests, queues or time."""
 
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         self.model = model
-        self.process: Callable[..., Tensor] = probs_from_logits
-        self.verify: Callable[..., list[list[int]]] = verify
         self.cache = open_cache(model, config)
-        self.graphs = DecodeGraphs(model, self.cache) if self._replays(config) else None
+        graphs = offer("graphs", model.device.type) if config.cuda_graphs and config.kernels == "auto" else None
+        self.graphs = graphs.DecodeGraphs(model, self.cache) if graphs else None
 
-    def _replays(self, config: EngineConfig) -> bool:
-        """Whether decode steps can be replayed: nothing in them may follow the host's block tables.
-
-        Only the Triton kernels read the device's; and which tails a step writes is found out on the host (int4).
-        """
-        on_device = self.model.device.type == "cuda" and HAS_TRITON and config.attention in ("auto", "triton")
-        return config.cuda_graphs and on_device and self.cache.tails is None
-
-    @torch.inference_mode()
-    def run(self, batch: Batch) -> Drawn:
-        """Compute the batch's tokens, sample where a sequence reaches its end, and verify what was guessed behind it.
-
-        Tokens come to the host in one transfer: it is the only point of the step that waits for the device.
-        """
-        logits = self.logits(batch)
-        if logits is None:
-            return Drawn([], [])
-        generators = [self._generator(sequence) for sequence in batch.samplers]
-        tokens = self.verify(distributions(logits, batch, self.process), batch.drafts, generators)
-        return Drawn(tokens, _logprobs(logits, tokens, batch))
-
-    def logits(self, batch: Batch) -> Tensor | None:
-        """Compute the batch's tokens; scores [len(logit_indices), vocab_size], or None if nobody samples."""
-        self.cache.copy(batch.copies)
-        replayed = self.graphs.logits(batch) if self.graphs else None
-        if replayed is None:
-            hidden = self.model(batch.tokens, batch.positions, self.cache.attend(batch.layout))
-            replayed = self.model.logits(hidden[batch.logit_indices]) if batch.samplers else None
-        return replayed if batch.samplers else None
-
-    def _generator(self, sequence: Request) -> Generator | None:
-        """The sequence's random stream, made at its first token: ten thousand waiting ones need none yet."""
-        if sequence.params.greedy:
-            return None
-        if sequence.generator is None:
-            sequence.generator = sequence.params.generator(sequence.index, sequence.seed, self.model.device)
-        return sequence.generator
+    def run(self, batch: Batch) -> Tensor:
+        """Compute the batch's tokens: float32 logits [num_rows, vocab_size] of `batch.logit_indices`."""
+        with inference(self.model.device):
+            self.cache.copy(batch.copies)
+            logits: Tensor | None = self.graphs.logits(batch) if self.graphs else None
+            if logits is None:
+                hidden = self.model(batch.tokens, batch.positions, self.cache.attend(batch.metadata))
+                rows = hidden[batch.logit_indices]
+                logits = self.model.logits(rows) if len(rows) else rows
+        return logits
 
 
-def open_cache(model: Decoder, config: EngineConfig) -> PagedCache | QuantizedCache:
-    """An empty cache in the format that the configuration names, with the backend that reads it."""
-    num_blocks = choose_num_blocks(model.config, config, model.device, model.dtype)
-    sizes = {"num_blocks": num_blocks, "block_size": config.kv_block_size}
-    kv_format = get_format(config.kv_format)
-    if kv_format is None:
-        backend = get_backend(config.attention, model.device)
-        return PagedCache(model.config, backend, **sizes, device=model.device, dtype=model.dtype)
-    return QuantizedCache(
-        model.config,
-        get_quantized_backend(config.attention, model.device),
-        kv_format,
-        **sizes,
-        num_tails=choose_num_tails(config, num_blocks),
-        device=model.device,
-        dtype=model.dtype,
-    )
+def open_cache(model: Decoder, config: EngineConfig) -> BlockTensors:
+    """An empty cache in the format that the configuration names, with the backend that reads it.
 
-
-def distributions(logits: Tensor, batch: Batch, process: Callable[..., Tensor] = probs_from_logits) -> Tensor:
-    """What each row of logits [rows, vocab_size] is drawn from under its sequence's parameters; float32, as logits."""
-    params = [sequence.params for sequence, _ in batch.rows()]
-    if any(p.repetition_penalty != 1 for p in params):
-        logits = torch.stack([_penalized(row, *whose) for row, whose in zip(logits, batch.rows(), strict=True)])
-    return process(logits, params)
-
-
-def _penalized(logits: Tensor, sequence: Request, drafts: list[int]) -> Tensor:
-    seen = torch.tensor(sequence.tokens + drafts, device=logits.device)
-    return penalize_repetition(logits, seen, sequence.params.repetition_penalty)
-
-
-def _logprobs(logits: Tensor, tokens: list[list[int]], batch: Batch) -> list[list[dict[int, Logprob]] | None]:
-    """For each sampler that asks for them: at each new token the most likely ones and itself, under the raw logits."""
-    wanted = [sequence.params.logprobs for sequence in batch.samplers]
-    if all(count is None for count in wanted):
-        return [None] * len(wanted)
-    by_sampler = logits.log_softmax(dim=-1).split([1 + len(draft) for draft in batch.drafts])
-    return [
-        None if count is None else [_top(row, token, count) for row, token in zip(rows, said, strict=False)]
-        for rows, said, count in zip(by_sampler, tokens, wanted, strict=True)
-    ]
-
-
-def _top(scores: Tensor, token: int, count: int) -> dict[int, Logprob]:
-    values, indices = scores.topk(count)
-    ranked = {int(i): Logprob(float(v), rank) for rank, (v, i) in enumerate(zip(values, indices, strict=True), 1)}
-    own = Logprob(float(scores[token]), int((scores > scores[token]).sum()) + 1)
-    return {token: own} | ranked
+    Raises `ConfigError` for a format that nobody offers.
+    """
+    where = {"device": model.device, "dtype": model.dtype}
+    if config.kv_format == "auto":
+        per_block = block_bytes(model.config, config.block_size, model.dtype)
+        num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
+        backend = choose_backend(config.kernels, model.device)
+        return PagedCache(model.config, backend, num_blocks=num_blocks, block_size=config.block_size, **where)
+    extra = offer("kv_format")
+    if extra is None:
+        raise ConfigError(f"kv_format={config.kv_format!r} needs minillm.quantization, which is not here. Use 'auto'.")
+    per_block = extra.block_bytes(model.config, config.block_size, config.kv_format)
+    num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
+    sizes = {"num_blocks": num_blocks, "block_size": config.block_size, "kernels": config.kernels}
+    cache: BlockTensors = extra.open_cache(model.config, config.kv_format, **sizes, **where)
+    return cache

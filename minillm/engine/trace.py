@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from minillm.engine.scheduler import Scheduled
 
 
 @dataclass(frozen=True)
 class RequestStep:
-    """One sequence's part in a step, as it stood before the step ran."""
+    """One request's part in a step, as it stood before the step ran.
+
+    `blocks` are those at the places `first_block`, `first_block` + 1, … of its table that the step found there or wrote
+    to: a decode names one block, an admission the whole table. So a record does not grow with the context, and
+    tables follow from the records since the admission (`minillm.measure.snapshot`).
+    """
 
     request_id: str
     index: int
@@ -23,8 +24,9 @@ class RequestStep:
     num_scheduled: int  # tokens computed now: the query length
     num_recomputed: int  # of these, how many had been computed before a preemption threw them away
     num_samples: int  # completions that draw a token: 0 while it stays behind
-    num_drafts: int  # tokens that were guessed behind its last one and verified: part of num_scheduled
+    num_drafts: int  # tokens that were guessed after its last one and verified: part of num_scheduled
     num_accepted: int  # of these, how many the model agreed with; it then adds one of its own
+    first_block: int
     blocks: tuple[int, ...]
 
     @property
@@ -43,19 +45,20 @@ class RequestStep:
 
     @classmethod
     def of(cls, part: Scheduled, num_accepted: int = 0) -> RequestStep:
-        sequence = part.request
-        again = min(sequence.num_written, sequence.num_computed + part.num_tokens) - sequence.num_computed
+        request = part.request
+        again = min(request.num_written, request.num_computed + part.num_tokens) - request.num_computed
         return cls(
-            request_id=sequence.request_id,
-            index=sequence.index,
-            num_prompt=sequence.num_prompt,
-            num_computed=sequence.num_computed,
+            request_id=request.request_id,
+            index=request.index,
+            num_prompt=request.num_prompt,
+            num_computed=request.num_computed,
             num_scheduled=part.q_len,
             num_recomputed=max(0, again),
             num_samples=len(part.samplers),
             num_drafts=len(part.draft),
             num_accepted=num_accepted,
-            blocks=tuple(sequence.table.blocks),
+            first_block=part.num_known,
+            blocks=tuple(request.table.blocks[part.num_known :]),
         )
 
 
@@ -70,16 +73,15 @@ class StepRecord:
     pack_time: float
     run_time: float  # model and sampling, until the tokens are on the host
     commit_time: float
-    sequences: tuple[RequestStep, ...]
+    requests: tuple[RequestStep, ...]
     admitted: tuple[str, ...]
     preempted: tuple[str, ...]
+    finished: tuple[tuple[str, int], ...]  # (request, completion)
     num_copies: int
     num_running: int
     num_waiting: int
     num_free_blocks: int
     num_cached_blocks: int
-    kv_bytes_written: int
-    kv_bytes_read: int
 
     @property
     def num_tokens(self) -> int:
@@ -87,46 +89,38 @@ class StepRecord:
         return sum(part.num_scheduled for part in self.requests)
 
     @property
+    def shape(self) -> list[tuple[int, int]]:
+        """(q_len, kv_len) of each request: what `minillm.costs` puts a price on."""
+        return [(part.num_scheduled, part.kv_len) for part in self.requests]
+
+    @property
     def overhead(self) -> float:
         """Share of the step that was no model, neither the target nor a draft: scheduling, packing and committing."""
         busy = self.schedule_time + self.pack_time + self.commit_time
         return busy / (busy + self.propose_time + self.run_time)
 
+    @property
+    def num_bytes(self) -> int:
+        """What keeping this record takes, about: 600 bytes, and 400 and 8 a block for each request."""
+        return 600 + sum(400 + 8 * len(part.blocks) for part in self.requests)
+
 
 class Trace(deque[StepRecord]):
-    """The latest `maxlen` step records, oldest first."""
+    """The latest step records, oldest first: as many as `max_bytes` hold."""
 
-    def write_jsonl(self, path: str | Path) -> None:
-        """One JSON object per step."""
-        lines = [json.dumps(asdict(record)) for record in self]
-        Path(path).write_text("".join(f"{line}\n" for line in lines))
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self.max_bytes = max_bytes
+        self._num_bytes = 0
 
-    def write_chrome(self, path: str | Path) -> None:
-        """The Trace Event Format of chrome://tracing and ui.perfetto.dev: a row for the engine, one per sequence."""
-        slices = [event for record in self for event in _slices(record)]
-        rows = {name: number for number, name in enumerate(dict.fromkeys(event["tid"] for event in slices))}
-        for event in slices:
-            event["tid"] = rows[event["tid"]]
-        names = [{"ph": "M", "pid": 0, "tid": i, "name": "thread_name", "args": {"name": n}} for n, i in rows.items()]
-        counters = [event for record in self for event in _counters(record)]
-        Path(path).write_text(json.dumps({"traceEvents": names + slices + counters, "displayTimeUnit": "ms"}))
+    def append(self, record: StepRecord) -> None:
+        """Add a record, and drop the oldest ones that there is no room for any more."""
+        super().append(record)
+        self._num_bytes += record.num_bytes
+        while self and self._num_bytes > self.max_bytes:
+            self._num_bytes -= self.popleft().num_bytes
 
-
-def _slices(record: StepRecord) -> Iterator[dict[str, Any]]:
-    """What was going on for how long, microseconds: the engine's phases, and during `run` the sequences."""
-    start = record.start * 1e6
-    for phase in ("schedule", "propose", "pack", "run", "commit"):
-        if phase == "propose" and record.propose_time == 0:
-            continue
-        span = {"ph": "X", "pid": 0, "ts": start, "dur": getattr(record, f"{phase}_time") * 1e6}
-        yield span | {"tid": "engine", "name": phase, "args": {"step": record.step, "tokens": record.num_tokens}}
-        start += span["dur"]
-        for part in record.requests if phase == "run" else ():
-            args = {"tokens": part.num_scheduled, "keys": part.kv_len, "recomputed": part.num_recomputed}
-            yield span | {"tid": f"{part.request_id}/{part.index}", "name": part.phase, "args": args}
-
-
-def _counters(record: StepRecord) -> Iterator[dict[str, Any]]:
-    values = {"running": record.num_running, "waiting": record.num_waiting, "free blocks": record.num_free_blocks}
-    for name, value in values.items():
-        yield {"ph": "C", "pid": 0, "name": name, "ts": record.start * 1e6, "args": {name: value}}
+    def clear(self) -> None:
+        """Drop all records."""
+        super().clear()
+        self._num_bytes = 0

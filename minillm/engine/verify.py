@@ -1,6 +1,6 @@
 """Which drafts are accepted: speculative sampling, exactly the target's distribution.
 
-A step gives the target's distribution p at each of k drafts and behind the last one. Speculative sampling (Leviathan
+A step gives the target's distribution p at each of k drafts and after the last one. Speculative sampling (Leviathan
 et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318) accepts a draft x that was drawn from q with
 probability min(1, p(x) / q(x)). Else it draws the token from what p has more of than q, norm(max(p - q, 0)): the
 *recovered* token, after which everything that was guessed is void. If all drafts are accepted, a *bonus* token comes
@@ -17,15 +17,49 @@ cases need no code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from minillm.engine.proposer import Draft
-from minillm.sampling import sample
+from minillm.engine.request import Request
 
-Marks = dict[tuple[int, int], Tensor]  # (sequence, row) -> the state of its random stream before that row
+@dataclass(frozen=True)
+class Draft:
+    """Guesses at the next tokens of a request, first one first.
+
+    probs [k, vocab_size] float32: the distribution that each token was drawn from, processed by the same parameters as
+    the target's. None says that nothing was drawn: a lookup or an argmax. To call such a guess a draw from some other
+    distribution would bias the output.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    probs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Proposer(Protocol):
+    """Guesses what requests will say next. One proposer serves one engine; who guesses badly costs time, no more."""
+
+    def propose(self, room: Mapping[Request, int]) -> Mapping[Request, Draft]:
+        """Drafts for some of the requests in `room`, each of at most that many tokens, after `request.tokens`.
+
+        Requests only grow between two calls: by accepted drafts and the one token after them. Not all of them are
+        asked for each time. They are to be read, not changed.
+        """
+        ...
+
+    def forget(self, request: Request) -> None:
+        """The request has ended: drop what is kept for it. It may be unknown."""
+        ...
+
+    def reset(self) -> None:
+        """A step was interrupted, perhaps within `propose`: drop what is kept for all of them."""
+        ...
 
 
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:
@@ -49,50 +83,6 @@ def given_draft(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
     return ((1 - accept) * residual).scatter_add(-1, at_draft, accept)
 
 
-def verify(
-    target: Tensor,
-    drafts: Sequence[Draft],
-    generators: Sequence[Generator | None],
-    *,
-    given: Callable[..., Tensor] = given_draft,
-    draw: Callable[..., Tensor] = sample,
-    accepted: Callable[..., int] = num_accepted,
-) -> list[list[int]]:
-    """The new tokens of each sequence: the drafts that are accepted, then the recovered or the bonus token.
-
-    target [rows, vocab]: for each sequence the processed distributions of its 1 + k next positions, packed. Sequences
-    may have any number of drafts, none included. Tokens come to the host in one transfer. Rows behind a rejected draft
-    are drawn in vain, so the random stream goes back to where it would be without them: what a sequence draws next
-    does not depend on how many of its guesses were wrong.
-
-    Three rules, each a parameter: what is drawn from once a draft is `given`, the `draw`, how many are `accepted`.
-    """
-    marks: Marks = {}
-    drawn = draw(given_drafts(target, drafts, given), _streams(drafts, generators, marks)).tolist()
-    tokens = []
-    for index, (draft, generator) in enumerate(zip(drafts, generators, strict=True)):
-        rows, drawn = drawn[: 1 + len(draft)], drawn[1 + len(draft) :]
-        count = 1 + accepted(draft.tokens, rows)
-        tokens.append(rows[:count])
-        if generator is not None and (index, count) in marks:
-            generator.set_state(marks[index, count])
-    return tokens
-
-
-def _streams(
-    drafts: Sequence[Draft], generators: Sequence[Generator | None], marks: Marks
-) -> Iterator[Generator | None]:
-    """The generator of each row, noting its state before every row that may turn out to be void.
-
-    `draw` draws a row before it asks for the next generator.
-    """
-    for index, (draft, generator) in enumerate(zip(drafts, generators, strict=True)):
-        for row in range(1 + len(draft)):
-            if row and generator is not None:
-                marks[index, row] = generator.get_state()
-            yield generator
-
-
 def given_drafts(target: Tensor, drafts: Sequence[Draft], given: Callable[..., Tensor]) -> Tensor:
     """`target` [rows, vocab] with each row that has a drawn draft replaced by `given(target, proposal, drafts)`."""
     rows, tokens, start = list[int](), list[int](), 0
@@ -106,3 +96,16 @@ def given_drafts(target: Tensor, drafts: Sequence[Draft], given: Callable[..., T
     where, guesses = torch.tensor([rows, tokens], device=target.device)
     proposal = torch.cat([draft.probs for draft in drafts if draft.probs is not None])
     return target.index_copy(0, where, given(target[where], proposal, guesses))
+
+
+def accept(drafts: Sequence[Draft], drawn: list[int], accepted: Callable[..., int] = num_accepted) -> list[list[int]]:
+    """The new tokens of each request: the drafts that are accepted, then the recovered or the bonus token.
+
+    Rows after a rejected draft were drawn in vain.
+    """
+    tokens, start = [], 0
+    for draft in drafts:
+        said = drawn[start : start + 1 + len(draft)]
+        tokens.append(said[: 1 + accepted(draft.tokens, said)])
+        start += 1 + len(draft)
+    return tokens

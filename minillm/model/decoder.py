@@ -10,6 +10,8 @@ many sequences, a training loss and an observer that records attention maps are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -139,3 +141,10 @@ class Decoder(nn.Module):
         its last row only.
         """
         return self.head(hidden).float()
+
+
+@contextmanager
+def inference(device: torch.device) -> Iterator[None]:
+    """What holds around a step of inference: no gradients, and a caller's autocast changes no dtype within."""
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield

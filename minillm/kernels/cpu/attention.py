@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minillm.attention.reference import accumulator_dtype
 from minillm.attention.tiled import tiled_attention
-from minillm.kernels.cpu.sdpa import sdpa_attention
+from minillm.kernels import sdpa
 
 # From how many scores (q_len · kv_len) on tiles are at least as fast as SDPA on a CPU; other dtypes have no fast matrix
 # product there. With fewer queries than TILED_QUERIES the operators of a tile cost more than they compute.
@@ -27,7 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: 
             return tiled_attention(q, k, v, scale=scale, sliding_window=sliding_window)[0]
         if q_len == 1 and kv_len >= PRODUCT_KEYS and q.dtype == torch.bfloat16 and sliding_window is None:
             return decode_attention(q, k[:, None], v[:, None], None, scale=scale)
-    return sdpa_attention(q, k, v, scale=scale, sliding_window=sliding_window)
+    return sdpa.attention(q, k, v, scale=scale, sliding_window=sliding_window)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float) -> Tensor:

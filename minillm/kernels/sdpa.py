@@ -14,7 +14,7 @@ from torch.nn import functional
 from minillm.attention.reference import visible
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
     """Causal attention: q `[q_len, heads, d]`, k and v `[kv_heads, kv_len, d]` -> `[q_len, heads, d]`."""
     q_len, kv_len = q.shape[0], k.shape[1]
     windowed = sliding_window is not None and sliding_window < kv_len
