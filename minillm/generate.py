@@ -19,7 +19,7 @@ from minillm.cache.contiguous import ContiguousCache, SequenceCache, new_cache
 from minillm.config import check_prompt
 from minillm.model.decoder import Decoder
 from minillm.quantization.formats import get_format
-from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits, sample
+from minillm.sampling import SamplingParams, adjust, probs_from_logits, sample
 
 SPARE = 64  # tokens of room behind a prompt, before the cache has to grow
 
@@ -65,7 +65,7 @@ def generate(
     random stream of one of several completions. `kv_format`: see `minillm.quantization.formats`.
     """
     params = params or SamplingParams()
-    generator = None if params.greedy else params.generator(sample_index, default_seed=0, device=model.device)
+    generator = None if params.greedy else params.generator(sample_index, device=model.device)
     room = model.config.max_position_embeddings - len(token_ids)
     check_prompt(token_ids, model.config)
     capacity = len(token_ids) + SPARE
@@ -75,14 +75,26 @@ def generate(
     for step in range(min(params.max_tokens, room + 1)):
         if step > 0:
             logits = decode(model, tokens[-1], cache)
-        tokens.append(choose(logits, tokens, params, generator))
+        start, end_ids = len(token_ids), model.config.eos_token_ids
+        tokens.append(choose(logits, tokens, params, generator, num_prompt=start, end_ids=end_ids))
         yield tokens[-1]
         if params.ends_with(tokens[-1], model.config.eos_token_ids):
             return
 
 
-def choose(logits: Tensor, tokens: list[int], params: SamplingParams, generator: torch.Generator | None) -> int:
-    """The token behind `tokens`, drawn from its logits [vocab_size]; a greedy one needs no generator."""
-    if params.repetition_penalty != 1:
-        logits = penalize_repetition(logits, torch.tensor(tokens, device=logits.device), params.repetition_penalty)
+def choose(
+    logits: Tensor,
+    tokens: Sequence[int],
+    params: SamplingParams,
+    generator: torch.Generator | None,
+    *,
+    num_prompt: int | None = None,
+    end_ids: Sequence[int] = (),
+) -> int:
+    """The token after `tokens`, drawn from its logits [vocab_size]; a greedy one needs no generator.
+
+    `num_prompt` of the tokens are the prompt, which some penalties leave out; all of them, if it is not given.
+    """
+    if params.adjusts:
+        logits = adjust(logits, params, tokens[:num_prompt], tokens[len(tokens[:num_prompt]) :], end_ids)
     return int(sample(probs_from_logits(logits[None], [params]), [generator]))

@@ -105,7 +105,7 @@ class Engine:
             tokens=list(prompt),
             num_prompt=len(prompt),
             params=params,
-            seed=self.config.seed + arrival,
+            seed=self.config.seed,
             arrival_time=time.perf_counter() if arrival_time is None else arrival_time,
             salt=salt,
             num_forks=params.n - 1,

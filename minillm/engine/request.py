@@ -28,7 +28,7 @@ class Request:
     tokens: list[int]  # the prompt, then what was generated; the last one is never computed before it is sampled from
     num_prompt: int
     params: SamplingParams
-    seed: int  # serves if params.seed is None
+    seed: int  # the engine's: with the arrival number it serves if params.seed is None
     arrival_time: float
     salt: Hashable = None  # requests with different salts never share KV
     num_forks: int = 0  # completions still to be spawned

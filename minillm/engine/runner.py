@@ -19,7 +19,7 @@ from minillm.model.decoder import Decoder
 from minillm.outputs import Logprob
 from minillm.quantization.cache import QuantizedCache
 from minillm.quantization.formats import get_format
-from minillm.sampling import penalize_repetition, probs_from_logits
+from minillm.sampling import adjust, probs_from_logits
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ class ModelRunner:
         if sequence.params.greedy:
             return None
         if sequence.generator is None:
-            sequence.generator = sequence.params.generator(sequence.index, sequence.seed, self.model.device)
+            arrival, index = sequence.order
+            sequence.generator = sequence.params.generator(
+                index, engine_seed=sequence.seed, arrival=arrival, device=self.model.device
+            )
         return sequence.generator
 
 
@@ -105,14 +108,14 @@ def open_cache(model: Decoder, config: EngineConfig) -> PagedCache | QuantizedCa
 def distributions(logits: Tensor, batch: Batch, process: Callable[..., Tensor] = probs_from_logits) -> Tensor:
     """What each row of logits [rows, vocab_size] is drawn from under its sequence's parameters; float32, as logits."""
     params = [sequence.params for sequence, _ in batch.rows()]
-    if any(p.repetition_penalty != 1 for p in params):
-        logits = torch.stack([_penalized(row, *whose) for row, whose in zip(logits, batch.rows(), strict=True)])
+    if any(p.adjusts for p in params):
+        logits = torch.stack([_adjusted(row, *whose) for row, whose in zip(logits, batch.rows(), strict=True)])
     return process(logits, params)
 
 
-def _penalized(logits: Tensor, sequence: Request, drafts: list[int]) -> Tensor:
-    seen = torch.tensor(sequence.tokens + drafts, device=logits.device)
-    return penalize_repetition(logits, seen, sequence.params.repetition_penalty)
+def _adjusted(logits: Tensor, sequence: Request, drafts: list[int]) -> Tensor:
+    prompt, output = sequence.tokens[: sequence.num_prompt], sequence.tokens[sequence.num_prompt :]
+    return adjust(logits, sequence.params, prompt, output + drafts)
 
 
 def _logprobs(logits: Tensor, tokens: list[list[int]], batch: Batch) -> list[list[dict[int, Logprob]] | None]:
