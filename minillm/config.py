@@ -7,15 +7,24 @@ projections (Qwen2), a norm on queries and keys (Qwen3), a sliding window (Mistr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from minillm.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-BLOCK_SIZE = 16  # tokens per block of KV cache, if nobody says how many
-MIN_BLOCK_SIZES = {"int4": 32}  # where a block's keys share ranges, few of them would have to pay for these
+KERNELS = ("auto", "reference")
 POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
+
+
+def _int(default: int | None, least: int | None) -> Any:
+    """A setting that is an integer of at least `least`; None is allowed where it is the default."""
+    return field(default=default, metadata={"least": least})
+
+
+def _one_of(*choices: str) -> Any:
+    """A setting that is one of these words, by default the first."""
+    return field(default=choices[0], metadata={"choices": choices})
 
 
 @dataclass(frozen=True)
@@ -204,73 +213,71 @@ def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
             f"The prompt has {len(token_ids)} tokens, the model has {config.max_position_embeddings} positions. "
             "Shorten the prompt."
         )
-    strange = [token for token in token_ids if not 0 <= token < config.vocab_size]
+    strange = [token for token in token_ids if type(token) is not int or not 0 <= token < config.vocab_size]
     if strange:
         raise RequestError(
-            f"Token id {strange[0]} is outside the vocabulary of {config.vocab_size}. Did another "
+            f"Token id {strange[0]!r} is none of the vocabulary's {config.vocab_size} integers from 0. Did another "
             "model's tokenizer encode the prompt?"
         )
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How an engine serves: sizes, scheduling policy, and a switch for each optimisation.
+    """How an engine serves: sizes, scheduling policy, and a switch for each optimisation. The only list of settings.
 
-    kv_format: how keys and values are stored: "auto" in the model's dtype, or "fp8", "int8", "int4" (see
-    `minillm.quantization.formats`). block_size: tokens per block of KV cache; None takes what suits the format. num_blocks:
-    blocks of the cache, the dummy block included; None takes `cache_bytes` instead, and None there lets the engine
-    choose (see `minillm.cache.paged.choose_num_blocks`). max_num_seqs: sequences that run at the same time.
-    max_num_batched_tokens: tokens per step, the budget that keeps a long prompt from stalling the others. policy: see
-    `minillm.engine.scheduler`. enable_prefix_caching: reuse the KV of common beginnings. attention: a backend of
-    `minillm.attention`. cuda_graphs: replay decode steps from CUDA graphs; no effect on a CPU, with other backends than
-    Triton's, or with int4. num_speculative_tokens: how many tokens a proposer, if there is one, may guess for a
-    sequence in one step. adaptive_drafts: guess fewer where guesses were wrong. seed: for requests that bring none.
-    trace_steps: how many of the latest `StepRecord`s are kept. debug: recompute every invariant after each step; slow.
+    kernels: "auto" computes with what is fastest on this device, "reference" with the definitions in PyTorch.
+    kv_format: how keys and values are stored: "auto" in the model's dtype, or a format of `minillm.quantization`.
+    block_size: tokens per block of KV cache. num_blocks: blocks of the cache, the dummy block included; None takes
+    `cache_bytes` instead, and None there lets the engine choose (see `minillm.cache.paged.choose_num_blocks`).
+    max_num_seqs: requests that run at the same time. max_num_batched_tokens: tokens per step, the budget that keeps a
+    long prompt from stalling the others. policy: see `minillm.engine.scheduler`. enable_prefix_caching: reuse the KV of
+    common beginnings. cuda_graphs: replay decode steps from CUDA graphs; no effect on a CPU. num_speculative_tokens:
+    how many tokens a proposer, if there is one, may guess for a request in one step. adaptive_drafts: one more than
+    were right last time, twice as many if all were; False always guesses as many as there may be. seed: for requests
+    that bring none, and for random weights. trace_bytes: how much of the latest `StepRecord`s is kept; 0 keeps none.
+    debug: recompute every invariant after each step; slow.
 
-    Raises ConfigError for values that cannot work.
+    Raises ConfigError for values of another type or out of their range.
     """
 
+    kernels: str = _one_of(*KERNELS)
     kv_format: str = "auto"
-    block_size: int | None = None
-    num_blocks: int | None = None
-    cache_bytes: int | None = None
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    policy: str = "mixed"
+    block_size: int = _int(16, 1)
+    num_blocks: int | None = _int(None, 2)
+    cache_bytes: int | None = _int(None, 1)
+    max_num_seqs: int = _int(64, 1)
+    max_num_batched_tokens: int = _int(512, 1)
+    policy: str = _one_of(*POLICIES)
     enable_prefix_caching: bool = True
-    attention: str = "auto"
     cuda_graphs: bool = True
-    num_speculative_tokens: int = 4
+    num_speculative_tokens: int = _int(4, 0)
     adaptive_drafts: bool = True
-    seed: int = 0
-    trace_steps: int = 2000
+    seed: int = _int(0, None)
+    trace_bytes: int = _int(2**22, 0)
     debug: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("block_size", self.kv_block_size, 1)
-        if self.kv_block_size < MIN_BLOCK_SIZES.get(self.kv_format, 1):
-            raise ConfigError(
-                f"block_size={self.block_size} is too small for kv_format={self.kv_format!r}: a block's keys share a "
-                "range per channel, and ranges would take up what codes save. Use "
-                f"{MIN_BLOCK_SIZES[self.kv_format]} or more, or leave it out."
-            )
-        _at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
-        _at_least("trace_steps", self.trace_steps, 0)
-        if self.num_blocks is not None:
-            _at_least("num_blocks", self.num_blocks, 2)
-        if self.cache_bytes is not None:
-            _at_least("cache_bytes", self.cache_bytes, 1)
-        if self.policy not in POLICIES:
-            raise ConfigError(f"policy={self.policy!r} is unknown. Choose one of {', '.join(map(repr, POLICIES))}.")
+        for one in fields(self):
+            _check_setting(one.name, getattr(self, one.name), one.default, one.metadata)
 
-    @property
-    def kv_block_size(self) -> int:
-        """Tokens per block: as many as were asked for, else what suits the format."""
-        return max(BLOCK_SIZE, MIN_BLOCK_SIZES.get(self.kv_format, 1)) if self.block_size is None else self.block_size
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> EngineConfig:
+        """The configuration with these fields. Raises ConfigError for a name that is none of them."""
+        known = [one.name for one in fields(cls)]
+        if strange := [name for name in settings if name not in known]:
+            raise ConfigError(f"There is no setting {strange[0]!r}. The settings are {', '.join(known)}.")
+        return cls(**settings)
 
 
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name}={value!r} is not possible: it must be an integer of at least {minimum}.")
+def _check_setting(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a value of another type than the default's, or one that its rule does not allow."""
+    if "least" in rule:
+        least = rule["least"]
+        right = type(value) is int and (least is None or least <= value < 2**63)
+        right, allowed = right or (value is None is default), f"an integer of at least {least}"
+    elif "choices" in rule:
+        right, allowed = value in rule["choices"], f"one of {', '.join(map(repr, rule['choices']))}"
+    else:
+        right, allowed = type(value) is type(default), f"a {type(default).__name__}"
+    if not right:
+        raise ConfigError(f"{name}={value!r:.80} is not possible: it must be {allowed}.")

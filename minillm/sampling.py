@@ -1,82 +1,94 @@
 """From logits to a token.
 
-The processed distribution is one function, `probs_from_logits`: repetition penalty, temperature, top-k, top-p, min-p,
-in this order. Whoever needs probabilities (the sampler, the verifier of speculative decoding, a figure) calls it, so
-there is one answer to "what is the model's distribution". Sampling happens in float32 from exactly these numbers.
+What a token is drawn from is made by two functions. `adjust` moves the scores of single tokens: bad words, end tokens
+that come too early, biases, penalties. `probs_from_logits` makes probabilities of scores: temperature, top-k, top-p,
+min-p, in this order. Whoever needs probabilities (the sampler, the verifier of speculative decoding, a figure) calls
+these, so there is one answer to "what is the model's distribution". All of it is float32, and `SamplingParams` accepts
+only values that float32 can compute with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from minillm.errors import RequestError
 
-_MIX = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: spreads consecutive numbers over all seeds
+TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+LARGEST_INT = 2**31 - 1
+
+
+def _of(kind: type, default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A field that holds a bool, an int or a float between two bounds. Where the default is None, None is allowed."""
+    return field(default=default, metadata={"scalar": (kind, low, high)})
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request wants its tokens. Names and defaults are vLLM's.
+    """How one request wants its tokens. Names and defaults are vLLM's; `docs/vllm.md` tells what differs.
 
     n: completions per prompt. temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p, min_p: see
-    `probs_from_logits`. repetition_penalty: > 1 makes tokens of the prompt and the output less likely. seed: same seed,
-    same tokens, whoever shares the batch. stop: strings that end the text (excluded from it). stop_token_ids: tokens
-    that end it. ignore_eos: go on after the model's own end token. max_tokens: output tokens at most. logprobs: report
-    the log-probabilities of that many most likely tokens at each step, and of the chosen one.
+    `probs_from_logits`. repetition_penalty, presence_penalty, frequency_penalty, logit_bias (token id to what is added
+    to its score), bad_words_token_ids: see `adjust`. bad_words: strings that are never written; `LLM` finds their token
+    ids. seed: same seed, same tokens, whoever shares the batch. stop: strings that end the text; they are cut off,
+    unless include_stop_str_in_output. stop_token_ids: tokens that end it. ignore_eos: go on after the model's own end
+    token. max_tokens, min_tokens: output tokens at most, and before an end token may come. logprobs, prompt_logprobs:
+    report the log-probabilities of that many most likely tokens at each step, and of the chosen one; the same for each
+    token of the prompt. skip_special_tokens: leave them out of the text.
 
-    Raises RequestError for a value that makes no sense.
+    Values are frozen when the object is made: numbers of NumPy and PyTorch become Python's, collections tuples, None
+    for a collection the empty tuple, logit_bias pairs in the order of the tokens. So it can be hashed and shared.
+
+    Raises RequestError for a value of another type, out of its range, or that float32 takes for 0.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    ignore_eos: bool = False
-    max_tokens: int = 16
-    logprobs: int | None = None
+    n: int = _of(int, 1, 1, 16384)
+    temperature: float = _of(float, 1.0, 0, HUGE)
+    top_p: float = _of(float, 1.0, TINY, 1)
+    top_k: int = _of(int, 0, -1, LARGEST_INT)
+    min_p: float = _of(float, 0.0, 0, 1)
+    repetition_penalty: float = _of(float, 1.0, 1e-30, 1e30)  # a logit that is divided by it stays finite
+    presence_penalty: float = _of(float, 0.0, -2, 2)
+    frequency_penalty: float = _of(float, 0.0, -2, 2)
+    logit_bias: Mapping[int, float] | Collection[tuple[int, float]] | None = None
+    bad_words: Collection[str] | None = None
+    bad_words_token_ids: Collection[Sequence[int]] | None = None
+    seed: int | None = _of(int, None)
+    stop: str | Collection[str] | None = None
+    stop_token_ids: Collection[int] | None = None
+    include_stop_str_in_output: bool = _of(bool, False)
+    ignore_eos: bool = _of(bool, False)
+    max_tokens: int = _of(int, 16, 1, LARGEST_INT)
+    min_tokens: int = _of(int, 0, 0, LARGEST_INT)
+    logprobs: int | None = _of(int, None, 0, 20)
+    prompt_logprobs: int | None = _of(int, None, 0, 20)
+    skip_special_tokens: bool = _of(bool, True)
 
     def __post_init__(self) -> None:
-        _check("n", self.n, "an integer of at least 1", _is_int(self.n) and self.n >= 1)
-        _check("temperature", self.temperature, "0 or more", _in(self.temperature, 0, float("inf")))
-        _check("top_p", self.top_p, "more than 0 and at most 1", _in(self.top_p, 0, 1) and self.top_p > 0)
-        _check("top_k", self.top_k, "-1 or 0 (all) or a positive integer", _is_int(self.top_k) and self.top_k >= -1)
-        _check("min_p", self.min_p, "between 0 and 1", _in(self.min_p, 0, 1))
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, "more than 0", _in(penalty, 0, float("inf")) and penalty > 0)
-        _check("seed", self.seed, "None or an integer", self.seed is None or _is_int(self.seed))
-        _check(
-            "max_tokens", self.max_tokens, "an integer of at least 1", _is_int(self.max_tokens) and self.max_tokens > 0
-        )
-        _check("logprobs", self.logprobs, "None or 0 to 20", self.logprobs is None or _in(self.logprobs, 0, 20))
-        _check(
-            "stop",
-            self.stop,
-            "None or strings that are not empty",
-            all(isinstance(s, str) and s for s in self.stop_strings),
-        )
-        _check(
-            "stop_token_ids",
-            self.stop_token_ids,
-            "None or integers",
-            all(_is_int(t) for t in self.stop_token_ids or ()),
-        )
+        freeze = partial(object.__setattr__, self)
+        for one in (one for one in fields(self) if one.metadata):
+            if (value := getattr(self, one.name)) is not None or one.default is not None:
+                freeze(one.name, _scalar(one.name, value, *one.metadata["scalar"]))
+        freeze("stop", _strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
+        freeze("bad_words", _strings("bad_words", self.bad_words))
+        freeze("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        name, words = "bad_words_token_ids", self.bad_words_token_ids
+        freeze(name, tuple(_token_ids(name, word) for word in _items(name, words)))
+        _check(name, words, "None or lists of token ids, none of them empty", all(self.bad_words_token_ids or ()))
+        freeze("logit_bias", _biases("logit_bias", self.logit_bias))
+        _check("min_tokens", self.min_tokens, "at most max_tokens", self.min_tokens <= self.max_tokens)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple, whatever form it was given in."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return tuple(self.stop or ())
 
     @property
     def greedy(self) -> bool:
@@ -87,17 +99,80 @@ class SamplingParams:
         """Whether any token can be cut off: only then must the vocabulary be sorted."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` can change any score."""
+        penalties = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalties or bool(self.logit_bias or self.bad_words_token_ids or self.min_tokens)
+
     def ends_with(self, token: int, eos_token_ids: Sequence[int]) -> bool:
         """Whether this token ends the output. It stays part of the token ids, as in vLLM."""
         return token in (self.stop_token_ids or ()) or (token in eos_token_ids and not self.ignore_eos)
 
-    def generator(self, sample: int, default_seed: int, device: torch.device | str = "cpu") -> Generator:
-        """The random stream of completion number `sample` of a request: its own, so that nothing else shifts it.
+    def with_bad_words(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
+        """The same with the token ids of `bad_words`: each word as a text begins with it, and after a space."""
+        texts = [space + word.lstrip() for word in self.bad_words or () for space in ("", " ")]
+        words = {tuple(encode(text)) for text in texts} | {tuple(word) for word in self.bad_words_token_ids or ()}
+        return replace(self, bad_words_token_ids=sorted(words - {()}))
 
-        `default_seed` serves requests that set no seed.
+    def check(self, vocab_size: int) -> None:
+        """Raise RequestError if these parameters do not fit a model with this vocabulary."""
+        if self.bad_words and not self.bad_words_token_ids:
+            raise RequestError("bad_words need a tokenizer, and there is none. Use bad_words_token_ids.")
+        named = {*dict(self.logit_bias or ()), *chain(*(self.bad_words_token_ids or ()))}
+        allowed, largest = f"below the vocabulary's size, {vocab_size}", max(named, default=0)
+        _check("the largest token id in logit_bias and bad_words", largest, allowed, largest < vocab_size)
+
+    def random(self, index: int, position: int, *, engine_seed: int = 0, arrival: int = 0) -> float:
+        """The number in [0, 1) that output token `position` of completion `index` of a request is drawn with.
+
+        An explicit seed names the stream whatever engine serves it. Otherwise the engine's seed and the request's
+        arrival number do. All of it is hashed, so that neighbours (seed 0, arrival 1; seed 1, arrival 0) do not meet,
+        and counted by position, so that nothing shifts it: who shares the batch, a rejected draft, a preemption, an
+        interrupted step, the device. A draft model that guesses for completion i uses index -1 - i.
         """
-        seed = default_seed if self.seed is None else self.seed
-        return Generator(device).manual_seed((seed + sample * _MIX) % 2**63)
+        name = f"engine {engine_seed:x} {arrival}" if self.seed is None else f"request {self.seed:x}"
+        digest = blake2b(f"{name} {index} {position}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "big") >> 11) / 2**53  # as many bits as a float64 has
+
+
+def adjust(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], end_ids: Sequence[int] = ()
+) -> Tensor:
+    """The scores of the next token, float32 [vocab], from the model's logits [vocab], which stay as they are.
+
+    In this order, which is vLLM's:
+
+    1. bad_words_token_ids: if the output ends with all of a word but its last token, that token is impossible (-inf).
+    2. min_tokens: while the output is shorter, `end_ids` (the model's end tokens) and stop_token_ids are impossible.
+    3. logit_bias is added.
+    4. repetition_penalty, for tokens of the prompt and of the output: see `penalize_repetition`.
+    5. frequency_penalty, times how often a token stands in the output, is subtracted.
+    6. presence_penalty is subtracted for each token of the output, however often it stands there.
+    """
+    scores = logits.to(torch.float32, copy=True)
+    scores[_impossible(params, tuple(output), end_ids, len(logits))] = -math.inf
+    if params.logit_bias:
+        tokens, biases = zip(*params.logit_bias, strict=True)
+        scores[list(tokens)] += torch.tensor(biases, device=scores.device)
+    if params.repetition_penalty != 1:
+        seen = torch.tensor([*prompt, *output], dtype=torch.int64, device=scores.device)
+        scores = penalize_repetition(scores, seen, params.repetition_penalty)
+    if params.frequency_penalty or params.presence_penalty:
+        said = torch.tensor(output, dtype=torch.int64, device=scores.device)
+        counts = torch.zeros_like(scores).index_add_(0, said, torch.ones_like(said, dtype=torch.float32))
+        scores -= params.frequency_penalty * counts
+        scores -= params.presence_penalty * (counts > 0)
+    return scores
+
+
+def _impossible(params: SamplingParams, output: tuple[int, ...], end_ids: Sequence[int], vocab: int) -> list[int]:
+    """The tokens that must not come next."""
+    words = [word for word in params.bad_words_token_ids or () if len(word) <= len(output) + 1]
+    tokens = {word[-1] for word in words if output[len(output) + 1 - len(word) :] == word[:-1]}
+    if len(output) < params.min_tokens:
+        tokens.update(token for token in (*end_ids, *(params.stop_token_ids or ())) if token < vocab)
+    return sorted(tokens)
 
 
 def probs_from_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -107,26 +182,35 @@ def probs_from_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tenso
     tokens. top-p keeps the smallest set whose mass reaches p, the crossing token included (Holtzman et al. 2019,
     arXiv:1904.09751). min-p keeps tokens of at least min_p times the most likely one's probability
     (arXiv:2407.01082). Each works on the renormalised result of the one before, row by row.
+
+    The largest logit is subtracted before the division, so no temperature overflows; logits of +inf share all mass. A
+    row that is no distribution (a logit is NaN, or all are -inf) comes out as NaN, and `pick` and `sample` answer -1.
     """
-    best = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    if all(p.greedy for p in params):
-        return best
-    greedy = torch.tensor([p.greedy for p in params], device=logits.device)
-    temperature = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
-    probs = torch.softmax(logits.float() / temperature[:, None], dim=-1)
-    if any(p.truncates for p in params):
-        probs = _truncate(probs, params)
-    return torch.where(greedy[:, None], best, probs)
+    logits = logits.float()
+    largest, first = logits.max(dim=-1, keepdim=True)
+    probs = torch.zeros_like(logits).scatter_(-1, first, 1.0)
+    if not all(p.greedy for p in params):
+        greedy = torch.tensor([p.greedy for p in params], device=logits.device)
+        temperature = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
+        below = (logits - largest).masked_fill_(logits == largest, 0.0)
+        drawn = torch.softmax(below / temperature[:, None], dim=-1)
+        if any(p.truncates for p in params):
+            drawn = _truncate(drawn, logits, params)
+        probs = torch.where(greedy[:, None], probs, drawn)
+    return probs.masked_fill_(~(largest > -math.inf), math.nan)
 
 
-def _truncate(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Top-k, top-p and min-p on rows sorted by probability, back in the vocabulary's order, renormalised."""
+def _truncate(probs: Tensor, logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Top-k, top-p and min-p on rows sorted by likelihood, back in the vocabulary's order, renormalised.
+
+    Logits are sorted, not probabilities: at high temperatures these are equal where those still differ.
+    """
     vocab = probs.shape[-1]
     top_k = torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=probs.device)
     top_p = torch.tensor([p.top_p for p in params], device=probs.device)
     min_p = torch.tensor([p.min_p for p in params], device=probs.device)
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    ranked = ranked * (torch.arange(vocab, device=probs.device) < top_k[:, None])
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    ranked = probs.gather(-1, order) * (torch.arange(vocab, device=probs.device) < top_k[:, None])
     ranked = ranked / ranked.sum(dim=-1, keepdim=True)
     mass_before = ranked.cumsum(dim=-1) - ranked
     keep = (mass_before < top_p[:, None]) | (top_p[:, None] >= 1)
@@ -143,43 +227,78 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.index_put((seen,), torch.where(scores > 0, scores / penalty, scores * penalty))
 
 
-def sample(probs: Tensor, generators: Iterable[Generator | None]) -> Tensor:
-    """Draw one token per row of probs [rows, vocab]; int64 [rows]. A greedy row, all on one token, needs no generator.
+def sample(probs: Tensor, u: Tensor | None) -> Tensor:
+    """A token for each row of probs [rows, vocab], from the numbers u [rows] float64 in [0, 1); int64 [rows].
 
-    One uniform number per row, from the row's own stream, drawn before the next generator is asked for. If no row needs
-    one, the running sums of the vocabulary are saved, too. No host synchronisation.
+    u is None where every row is greedy, all on one token: then the running sums of the vocabulary are saved. -1 for a
+    row that is no distribution. No host synchronisation.
     """
-    numbers = [None if generator is None else uniform(generator, probs.device) for generator in generators]
-    if all(number is None for number in numbers):
-        return probs.argmax(dim=-1)
-    zero = torch.zeros((), dtype=torch.float64, device=probs.device)
-    return pick(probs, torch.stack([zero if number is None else number for number in numbers]))
+    if u is not None:
+        return pick(probs, u)
+    mass, token = probs.max(dim=-1)
+    return torch.where(mass > 0, token, -1)
 
 
 def pick(probs: Tensor, u: Tensor) -> Tensor:
     """The tokens that the numbers u [rows] float64 in [0, 1) fall on, in rows of probs [rows, vocab]; int64 [rows].
 
     It is the first token at which the running sum of the probabilities exceeds u; a token without probability never
-    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding.
+    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding. u times the
+    whole sum may round up to it, so the number below it is the most. -1 for a row that is no distribution.
     """
     sums = probs.cumsum(dim=-1, dtype=torch.float64)
-    tokens = torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)
-    return tokens[:, 0].clamp_(max=probs.shape[-1] - 1)
+    total = sums[:, -1:].contiguous()
+    reached = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    tokens = torch.searchsorted(sums, reached, right=True)
+    return torch.where(total > 0, tokens, -1)[:, 0]
 
 
-def uniform(generator: Generator, device: torch.device) -> Tensor:
-    """A float64 in [0, 1)."""
-    return torch.rand((), generator=generator, dtype=torch.float64, device=device)
+def shown(value: Any) -> str:
+    """A value in a message: short, and never an error of its own (Python does not print integers of 5,000 digits)."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a strange {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check(name: str, value: Any, allowed: str, valid: bool) -> None:
     if not valid:
-        raise RequestError(f"{name}={value!r} is not possible: it must be {allowed}.")
+        raise RequestError(f"{name}={shown(value)} is not possible: it must be {allowed}.")
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _scalar(name: str, given: Any, kind: Any, low: float, high: float) -> Any:
+    """A bool, int or float as Python's own. An int may stand for a float; nothing else for something else."""
+    value: Any = given.item() if getattr(given, "shape", None) == () else given
+    right = isinstance(value, (int, kind)) and isinstance(value, bool) == (kind is bool) and bool(low <= value <= high)
+    span = f" from {low:.6g} to {high:.6g}" if high < math.inf else ""
+    _check(name, given, {bool: "True or False", int: f"an integer{span}", float: f"a number{span}"}[kind], right)
+    too_small = kind is float and 0 < abs(value) < TINY
+    _check(name, given, f"0 or at least {TINY:.3g} in size, else float32 takes it for 0. Use 0", not too_small)
+    return kind(value)
 
 
-def _in(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+def _items(name: str, given: Any) -> tuple[Any, ...]:
+    """The elements of a collection; None has none."""
+    items = () if given is None else given.tolist() if hasattr(given, "tolist") else given
+    right = isinstance(items, Collection) and not isinstance(items, (str, bytes, bytearray, Mapping))
+    _check(name, given, "None or a list", right)
+    return tuple(items)
+
+
+def _strings(name: str, given: Any) -> tuple[str, ...]:
+    items = _items(name, given)
+    _check(name, given, "None or strings that are not empty", all(isinstance(s, str) and s for s in items))
+    return tuple(str(s) for s in items)
+
+
+def _token_ids(name: str, given: Any) -> tuple[int, ...]:
+    return tuple(_scalar(name, token, int, 0, LARGEST_INT) for token in _items(name, given))
+
+
+def _biases(name: str, given: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of a token id and a number, in the order of the tokens; from a mapping, or from such pairs."""
+    pairs = _items(name, given.items() if isinstance(given, Mapping) else given)
+    _check(name, given, "a mapping from token ids to numbers", all(isinstance(p, tuple) and len(p) == 2 for p in pairs))
+    biases = [_scalar(name, bias, float, -100, 100) for _, bias in pairs]
+    return tuple(sorted(zip(_token_ids(name, [token for token, _ in pairs]), biases, strict=True)))

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from minillm.engine.engine import Engine, TokenEvent
 from minillm.engine.request import Request
@@ -103,9 +104,7 @@ class OutputProcessor:
         if prompt.token_ids is None and self.tokenizer:
             prompt = replace(prompt, token_ids=tuple(self.tokenizer.encode(prompt.text or "")))
         if params.bad_words and self.tokenizer:
-            spellings = [text for word in params.bad_words for text in (word, f" {word.lstrip()}")]
-            ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in spellings]
-            params = replace(params, bad_words_token_ids=(*params.bad_words_token_ids, *map(tuple, ids)))
+            params = params.with_bad_words(partial(self.tokenizer.encode, add_special_tokens=False))
         self.engine.check(prompt.token_ids or (), params)
         return prompt, params
 

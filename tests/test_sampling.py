@@ -107,20 +107,20 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
     rows = [SamplingParams(seed=5), SamplingParams(temperature=0), SamplingParams(seed=7, top_k=4)]
     alone = [
-        sample(probs_from_logits(x[None], [p]), [p.generator(0, 0)]).item() for x, p in zip(logits, rows, strict=True)
+        sample(probs_from_logits(x[None], [p]), [p.generator(0)]).item() for x, p in zip(logits, rows, strict=True)
     ]
-    together = sample(probs_from_logits(logits, rows), [p.generator(0, 0) for p in rows])
+    together = sample(probs_from_logits(logits, rows), [p.generator(0) for p in rows])
     assert together.tolist() == alone
 
 
 def test_random_streams_differ_by_sample_and_repeat_by_seed() -> None:
     """One draw broadcast to all samples is a bug that two engines had."""
     params = SamplingParams(n=4, seed=11)
-    draws = [torch.rand(3, generator=params.generator(i, 0)).tolist() for i in range(4)]
+    draws = [torch.rand(3, generator=params.generator(i)).tolist() for i in range(4)]
     assert len({tuple(d) for d in draws}) == 4
-    assert draws[2] == torch.rand(3, generator=params.generator(2, default_seed=99)).tolist()
+    assert draws[2] == torch.rand(3, generator=params.generator(2, engine_seed=99, arrival=7)).tolist()
     unseeded = SamplingParams()
-    assert unseeded.generator(0, 1).initial_seed() != unseeded.generator(0, 2).initial_seed()
+    assert unseeded.generator(0, arrival=1).initial_seed() != unseeded.generator(0, arrival=2).initial_seed()
 
 
 def test_token_zero_can_be_drawn() -> None:

@@ -13,18 +13,9 @@ from minillm.engine.scheduler import StepPlan
 from minillm.engine.verify import Draft, accept, given_draft, given_drafts, num_accepted
 from minillm.model.decoder import inference
 from minillm.outputs import Logprob
-from minillm.sampling import adjust, pick, probs_from_logits
+from minillm.sampling import adjust, probs_from_logits, sample
 
 Row = tuple[Request, list[int]]  # a row of logits: whose it is, and the drafts that come before it
-
-
-def draw(probs: Tensor, u: Tensor | None) -> Tensor:
-    """A token for each row of probs [rows, vocab] from the numbers u [rows] in [0, 1); int64 [rows].
-
-    u is None where every row is certain. A row that is no distribution (NaN) gives -1.
-    """
-    tokens = probs.argmax(dim=-1) if u is None else pick(probs, u)
-    return tokens.where(probs[:, 0].isfinite(), -1)
 
 
 @dataclass(frozen=True)
@@ -33,7 +24,7 @@ class Rules:
 
     process: Callable[..., Tensor] = probs_from_logits
     given: Callable[..., Tensor] = given_draft
-    draw: Callable[..., Tensor] = draw
+    draw: Callable[..., Tensor] = sample
     accepted: Callable[..., int] = num_accepted
 
 

@@ -124,7 +124,9 @@ class DraftModelProposer:
         if twin.params.greedy:
             return None
         if twin.generator is None:
-            twin.generator = twin.params.generator(-1 - twin.index, twin.seed, self.runner.model.device)
+            arrival, index = twin.order
+            device = self.runner.model.device
+            twin.generator = twin.params.generator(-1 - index, engine_seed=twin.seed, arrival=arrival, device=device)
         return twin.generator
 
 

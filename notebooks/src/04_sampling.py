@@ -215,7 +215,7 @@ tokens. We write 40 tokens and note the entropy before each.
 def write(prompt, new, **settings):
     """New tokens; for each its entropy, its surprise and the surprise expected, in bits."""
     params = SamplingParams(max_tokens=new, **settings)
-    stream = None if params.greedy else params.generator(0, 0)
+    stream = None if params.greedy else params.generator(0)
     tokens = tokenizer.encode(prompt)
     length, facts = len(tokens), []
     logits, cache = prefill(model, tokens)
@@ -474,9 +474,9 @@ print("right:", repr(tokenizer.decode(generate(model, start, params))))
 tokens = list(start)
 for _ in range(24):
     row, _ = prefill(model, tokens)
-    tokens.append(choose(row, tokens, params, params.generator(0, 0)))  # a fresh stream
+    tokens.append(choose(row, tokens, params, params.generator(0)))  # a fresh stream
 print("wrong:", repr(tokenizer.decode(tokens[len(start) :])))
-number = torch.rand((), generator=params.generator(0, 0), dtype=torch.float64)
+number = torch.rand((), generator=params.generator(0), dtype=torch.float64)
 print(f"the random number of every step: {number:.3f}")
 
 # %% [markdown]

@@ -153,13 +153,13 @@ def _one_stream_for_all(self: ModelRunner, sequence: Request) -> torch.Generator
     if sequence.params.greedy:
         return None
     if not hasattr(self, "shared"):
-        self.shared = sequence.params.generator(sequence.index, sequence.seed)  # type: ignore[attr-defined]
+        self.shared = sequence.params.generator(sequence.index, engine_seed=sequence.seed)  # type: ignore[attr-defined]
     return self.shared  # type: ignore[attr-defined,no-any-return]
 
 
 def _same_stream_for_each_completion(self: ModelRunner, sequence: Request) -> torch.Generator | None:
     if not sequence.params.greedy and sequence.generator is None:
-        sequence.generator = sequence.params.generator(0, sequence.seed)
+        sequence.generator = sequence.params.generator(0, engine_seed=sequence.seed)
     return sequence.generator
 
 

@@ -36,11 +36,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def stream(prompt: tuple[int, ...], params: SamplingParams, index: int, kv_format: str, block_size: int) -> list[int]:
     """What a completion gets, by definition, if nothing ends it."""
-    generator = None if params.greedy else params.generator(index, default_seed=0, device=torch.device("cpu"))
+    generator = None if params.greedy else params.generator(index)
     kv, tokens, pending = DefinitionCache(FORMATS[kv_format], block_size), list(prompt), list(prompt)
     for _ in range(params.max_tokens):
         logits = extend(tiny_model(), torch.tensor(pending), kv)
-        pending = [choose(logits, tokens, params, generator)]
+        pending = [choose(logits, tokens, params, generator, num_prompt=len(prompt))]
         tokens += pending
     return tokens[len(prompt) :]
 

@@ -80,7 +80,9 @@ def test_chi_square_of_the_engine(make: type[Proposer]) -> None:
 
 def test_chi_square_rejects_drafts_from_the_stream_that_judges_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def same_stream(self: DraftModelProposer, twin: Request) -> torch.Generator:
-        twin.generator = twin.generator or twin.params.generator(twin.index, twin.seed)
+        twin.generator = twin.generator or twin.params.generator(
+            twin.index, engine_seed=twin.seed, arrival=twin.order[0]
+        )
         return twin.generator
 
     monkeypatch.setattr(DraftModelProposer, "_generator", same_stream)

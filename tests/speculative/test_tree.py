@@ -123,7 +123,7 @@ def write(model: Decoder, params: SamplingParams, guess: Guess, seed: int = 0) -
     rng = random.Random(seed)
     cache = ContiguousCache(model.config, capacity=4, device=model.device, dtype=model.dtype)
     extend(model, torch.tensor(PROMPT[:-1]), cache)
-    generator = None if params.greedy else params.generator(0, 0)
+    generator = None if params.greedy else params.generator(0)
     said, rounds = list[int](), list[list[int]]()
     while len(said) < params.max_tokens:
         rounds.append(verify_tree(model, PROMPT + said, guess(said, rng), cache, params, generator))
@@ -167,10 +167,10 @@ def test_a_chain_accepts_what_the_engine_accepts() -> None:
         rng = random.Random(seed)
         (chain,) = [[token if rng.random() < 0.6 else 0 for token in want[:5]]]
         caches = [prefill(model, PROMPT[:-1])[1] for _ in range(2)]
-        tree = verify_tree(model, PROMPT, [chain], caches[0], params, params.generator(0, 0))
+        tree = verify_tree(model, PROMPT, [chain], caches[0], params, params.generator(0))
         logits = score_tree(model, TokenTree.of(PROMPT[-1], [chain]), caches[1])
         rows = probs_from_logits(logits, [params] * len(logits))
-        assert tree == verify(rows, [Draft(chain)], [params.generator(0, 0)])[0], seed
+        assert tree == verify(rows, [Draft(chain)], [params.generator(0)])[0], seed
 
 
 def _no_move(self: ContiguousCache, written: list[int]) -> None:
