@@ -1,8 +1,8 @@
 """The front door: prompts in, text out. Names are vLLM's; `docs/vllm.md` says what is the same and what differs.
 
-    llm = LLM("tiny")
-    for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_tokens=64)):
-        print(output.outputs[0].text, output.metrics.ttft)
+llm = LLM("tiny")
+for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_tokens=64)):
+    print(output.outputs[0].text, output.metrics.ttft)
 """
 
 from __future__ import annotations

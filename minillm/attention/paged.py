@@ -62,7 +62,7 @@ def paged_attention(
 
 
 def read(pool: Tensor, metadata: AttentionMetadata, index: int, sliding_window: int | None = None) -> Tensor:
-    """The keys or values `[kv_heads, keys, d]` that request `index` sees: a view if its blocks are adjacent, else a copy.
+    """The keys or values `[kv_heads, keys, d]` that a request sees: a view if its blocks are adjacent, else a copy.
 
     Keys that a sliding window hides from all of its queries are left out.
     """

@@ -190,7 +190,9 @@ class BlockPool:
         copied = bool(held) and held[-1] and len(hits) * self.block_size >= num_tokens  # its last token is computed
         return self.blocks_for(num_tokens) - sum(held) + copied + spare <= self.num_free
 
-    def open(self, tokens: Sequence[int], hits: Sequence[Prefix], cache_salt: str | None = None) -> tuple[BlockTable, int]:
+    def open(
+        self, tokens: Sequence[int], hits: Sequence[Prefix], cache_salt: str | None = None
+    ) -> tuple[BlockTable, int]:
         """A table that holds the blocks that `lookup` found, and the number of tokens it saves.
 
         The last token always stays to be computed, because its logits are wanted: a prompt that is known entirely

@@ -124,7 +124,6 @@ class Engine:
         params = params or SamplingParams()
         name = self.new_id() if request_id is None else request_id
         drafts = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
-<<<<<<< HEAD
         self.check(prompt, params)
         with self._lock:
             self._check_names(name, cache_salt)
@@ -141,24 +140,6 @@ class Engine:
             )
             self._queue(request)
         return name
-=======
-        sequence = Request(
-            request_id=request_id,
-            order=(arrival, 0),
-            tokens=list(prompt),
-            num_prompt=len(prompt),
-            params=params,
-            seed=self.config.seed,
-            arrival_time=time.perf_counter() if arrival_time is None else arrival_time,
-            salt=salt,
-            num_forks=params.n - 1,
-            max_drafts=drafts,
-            num_drafts=drafts,
-        )
-        self._live[request_id] = [sequence]
-        self.scheduler.add(sequence)
-        return request_id
->>>>>>> hD
 
     def new_id(self) -> str:
         """A name for a request that no other request has or will have."""

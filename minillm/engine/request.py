@@ -25,10 +25,6 @@ class Request:
     tokens: list[int]  # the prompt, then what was generated; the last one is never computed before it is sampled from
     num_prompt: int
     params: SamplingParams
-<<<<<<< HEAD
-=======
-    seed: int  # the engine's: with the arrival number it serves if params.seed is None
->>>>>>> hD
     arrival_time: float
     cache_salt: str | None = None  # requests with different salts never share KV
     num_computed: int = 0

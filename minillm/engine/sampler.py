@@ -34,7 +34,9 @@ def rows_of(samplers: Sequence[Request], drafts: Sequence[Draft]) -> list[Row]:
     return [(request, draft.tokens[:count]) for request, draft in pairs for count in range(1 + len(draft))]
 
 
-def distributions(logits: Tensor, rows: Sequence[Row], process: Callable[..., Tensor], end_ids: tuple[int, ...]) -> Tensor:
+def distributions(
+    logits: Tensor, rows: Sequence[Row], process: Callable[..., Tensor], end_ids: tuple[int, ...]
+) -> Tensor:
     """What each row of logits [rows, vocab_size] is drawn from under its request's parameters; float32, as logits."""
     if any(request.params.adjusts for request, _ in rows):
         logits = torch.stack([_adjusted(row, *whose, end_ids) for row, whose in zip(logits, rows, strict=True)])

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minillm.engine.request import Request
 
+
 @dataclass(frozen=True)
 class Draft:
     """Guesses at the next tokens of a request, first one first.

@@ -14,9 +14,9 @@ import torch
 from minillm.config import EngineConfig, ModelConfig
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine
-from minillm.engine.proposer import Proposer
-from minillm.engine.runner import Drawn
-from minillm.engine.verify import num_accepted
+from minillm.engine.sampler import Rules, rows_of
+from minillm.engine.scheduler import StepPlan
+from minillm.engine.verify import Proposer, accept
 from minillm.sampling import SamplingParams
 from tests.engine.workloads import EOS, VOCAB, Completions, Workload
 
@@ -24,32 +24,26 @@ CONFIG = ModelConfig("LlamaForCausalLM", VOCAB, 8, 8, 1, 1, 1, 2, max_position_e
 
 
 class ScriptedRunner:
-    """Stands in for `ModelRunner`."""
+    """Stands in for `ModelRunner`: instead of logits it gives what each row sees."""
 
     def __init__(self, engine: Engine) -> None:
         self.cache = engine.runner.cache
         self.block_size = engine.pool.block_size
         self.slots: dict[int, int] = {}
 
-    def run(self, batch: Batch) -> Drawn:
-        self._copy(batch.copies)
+    def run(self, batch: Batch) -> list[tuple[int, ...]]:
+        self._copy(batch.copies.tolist())
         tokens, positions = batch.tokens.tolist(), batch.positions.tolist()
-        slots, ends = batch.layout.slot_mapping.tolist(), batch.layout.cu_seqlens_q.tolist()
+        slots, ends = batch.metadata.slot_mapping.tolist(), batch.metadata.cu_seqlens_q.tolist()
         seen: list[tuple[int, ...]] = []  # by row: the KV that this token reads, its own included
-        for table, start, end in zip(batch.layout.block_tables.tolist(), ends, ends[1:], strict=False):
+        for table, start, end in zip(batch.metadata.block_tables.tolist(), ends, ends[1:], strict=False):
             for row in range(start, end):
                 before = self._read(table, positions[row])
                 self.slots[slots[row]] = hash((before[-1:], tokens[row], positions[row]))
                 seen.append((*before, self.slots[slots[row]]))
-        rows = zip(batch.logit_indices.tolist(), batch.rows(), strict=True)
-        drawn = [next_token(seen[row], sequence.index) for row, (sequence, _) in rows]
-        tokens = list[list[int]]()
-        for draft in batch.drafts:
-            said, drawn = drawn[: 1 + len(draft)], drawn[1 + len(draft) :]
-            tokens.append(said[: 1 + num_accepted(draft.tokens, said)])
-        return Drawn(tokens, [None] * len(tokens))
+        return [seen[row] for row in batch.logit_indices.tolist()]
 
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
+    def _copy(self, copies: list[list[int]]) -> None:
         size = self.block_size
         content = [[self.slots.get(source * size + i, 0) for i in range(size)] for source, _ in copies]
         for (_, target), block in zip(copies, content, strict=True):
@@ -59,6 +53,16 @@ class ScriptedRunner:
     def _read(self, table: list[int], num_tokens: int) -> tuple[int, ...]:
         size = self.block_size
         return tuple(self.slots.get(table[p // size] * size + p % size, 0) for p in range(num_tokens))
+
+
+class ScriptedSampler:
+    """Stands in for `Sampler`."""
+
+    rules = Rules()
+
+    def sample(self, plan: StepPlan, seen: list[tuple[int, ...]]) -> list[list[int]]:
+        rows = zip(seen, rows_of(plan.samplers, plan.drafts), strict=True)
+        return accept(plan.drafts, [next_token(kv, request.index) for kv, (request, _) in rows])
 
 
 def next_token(kv: tuple[int, ...], index: int) -> int:
@@ -98,4 +102,5 @@ def scripted_engine(config: EngineConfig | None = None, proposer: Proposer | Non
     config = config or EngineConfig(**({"debug": True} | changes))
     engine = Engine(_Shape(), config, proposer)  # type: ignore[arg-type]
     engine.runner = ScriptedRunner(engine)  # type: ignore[assignment]
+    engine.sampler = ScriptedSampler()  # type: ignore[assignment]
     return engine

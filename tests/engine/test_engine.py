@@ -87,7 +87,7 @@ def test_salted_requests_do_not_share() -> None:
     engine = make_engine()
     prompt = random_prompt(16)
     for salt in (None, "tenant", "tenant", None):
-        engine.add(prompt, SamplingParams(max_tokens=1), salt=salt)
+        engine.add(prompt, SamplingParams(max_tokens=1), cache_salt=salt)
         run(engine)
     assert [record.num_tokens for record in engine.trace] == [16, 16, 1, 1]
 
@@ -105,7 +105,7 @@ def test_two_engines_in_one_process() -> None:
         for engine, mine in zip(engines, events, strict=True):
             mine += engine.step()
     for model, mine in zip(models, events, strict=True):
-        assert tokens_of(mine, "0") == list(generate(model, prompt, params))
+        assert tokens_of(mine, "#0") == list(generate(model, prompt, params))
 
 
 def test_completions_draw_from_their_own_streams() -> None:
@@ -114,7 +114,7 @@ def test_completions_draw_from_their_own_streams() -> None:
     prompt = random_prompt(9)
     engine.add(prompt, params)
     events = run(engine)
-    drawn = [tokens_of(events, "0", index) for index in range(4)]
+    drawn = [tokens_of(events, "#0", index) for index in range(4)]
     assert drawn == [list(generate(engine.model, prompt, params, sample_index=index)) for index in range(4)]
     assert len({tuple(tokens) for tokens in drawn}) == 4
 
@@ -130,7 +130,7 @@ def test_requests_without_a_seed_differ_and_repeat() -> None:
         for _ in range(3):
             engine.add(random_prompt(5), SamplingParams(max_tokens=10, ignore_eos=True))
         events = run(engine)
-        return [tokens_of(events, str(i)) for i in range(3)]
+        return [tokens_of(events, f"#{i}") for i in range(3)]
 
     first = draw(refused=0)
     assert first == draw(refused=2) and len({tuple(tokens) for tokens in first}) == 3
@@ -143,7 +143,7 @@ def test_repetition_penalty_sees_prompt_and_output() -> None:
     engine.add(prompt, params)
     engine.add(prompt, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
     events = run(engine)
-    assert tokens_of(events, "0") == list(generate(engine.model, prompt, params)) != tokens_of(events, "1")
+    assert tokens_of(events, "#0") == list(generate(engine.model, prompt, params)) != tokens_of(events, "#1")
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
@@ -170,12 +170,12 @@ def test_reasons_and_times() -> None:
     engine.add(random_prompt(5), endless, arrival_time=1.5)
     engine.add(random_prompt(5), stop)
     events = run(engine)
-    assert [e.finish_reason for e in events if e.request.request_id == "0"] == [None] * 5 + ["length"]
-    stopped = [e for e in events if e.request.request_id == "1"][-1]
+    assert [e.finish_reason for e in events if e.request.request_id == "#0"] == [None] * 5 + ["length"]
+    stopped = [e for e in events if e.request.request_id == "#1"][-1]
     where = greedy.index(greedy[2])
     assert (stopped.finish_reason, stopped.request.stop_reason) == ("stop", greedy[2])
-    assert tokens_of(events, "1") == greedy[: where + 1]
-    assert events[0].sequence.arrival_time == 1.5
+    assert tokens_of(events, "#1") == greedy[: where + 1]
+    assert events[0].request.arrival_time == 1.5
     times = [event.time for event in events]
     assert times == sorted(times)
     assert all(e.request.arrival_time <= e.request.first_scheduled_time <= e.time for e in events)

@@ -49,7 +49,7 @@ def scheduled(record: StepRecord) -> dict[str, int]:
 def test_trap_13_a_request_that_can_never_fit_is_refused_and_the_others_go_on() -> None:
     engine = scripted_engine(block_size=4, num_blocks=5)
     good = engine.add([1] * 8, greedy(9))
-    with pytest.raises(RequestError, match=r"fill 17 tokens of cache; it has 16"):
+    with pytest.raises(RequestError, match=r"need 17 positions; the model has 256, the cache holds 16"):
         engine.add([1] * 8, greedy(10))
     with pytest.raises(RequestError, match="empty"):
         engine.add([], greedy())
@@ -67,7 +67,7 @@ def test_trap_13_a_request_that_just_fits_is_served_beside_others() -> None:
     engine = scripted_engine(block_size=4, num_blocks=5)
     for _ in range(4):
         engine.add([1] * 8, greedy(9))
-    assert run(engine) == {(str(i), 0): alone((1,) * 8, greedy(9), 0) for i in range(4)}
+    assert run(engine) == {(f"#{i}", 0): alone((1,) * 8, greedy(9), 0) for i in range(4)}
 
 
 def test_trap_16_max_num_seqs_counts_all_who_run() -> None:
@@ -83,7 +83,7 @@ def test_trap_16_completions_still_to_be_spawned_count_too() -> None:
     engine.add([1, 2, 3], greedy(5, n=3))
     engine.add([1, 2, 4], greedy(5, n=2))
     engine.step()
-    assert engine.trace[-1].admitted == ("0",)
+    assert engine.trace[-1].admitted == ("#0",)
     run(engine)
     assert max(len(record.requests) for record in engine.trace) == 3
 
@@ -95,7 +95,7 @@ def test_trap_17_the_budget_is_spent_on_what_the_prefix_cache_leaves() -> None:
     engine.add([1] * 17, greedy(1))
     engine.add([1] * 20, greedy(1))
     engine.step()
-    assert scheduled(engine.trace[-1]) == {"1": 1, "2": 4}
+    assert scheduled(engine.trace[-1]) == {"#1": 1, "#2": 4}
 
 
 def test_trap_17_a_preempted_sequence_hits_its_own_blocks() -> None:
@@ -104,7 +104,7 @@ def test_trap_17_a_preempted_sequence_hits_its_own_blocks() -> None:
     for first in (1, 2, 5):
         engine.add([first] * 8, greedy(12))
     got = run(engine)
-    assert got == {(str(i), 0): alone((first,) * 8, greedy(12), 0) for i, first in enumerate((1, 2, 5))}
+    assert got == {(f"#{i}", 0): alone((first,) * 8, greedy(12), 0) for i, first in enumerate((1, 2, 5))}
     assert sum(len(record.preempted) for record in engine.trace) > 0
 
 
@@ -128,7 +128,7 @@ def test_ten_thousand_waiting_cost_a_step_no_more_than_a_hundred() -> None:
             engine.add([1, 2, 3], greedy())
         engine.step()
         calls[number] = _count_calls(engine)
-        assert all(s.generator is None and not s.table.blocks for s in engine.scheduler.waiting.values())
+        assert not any(request.table.blocks for request in engine.scheduler.waiting.values())
     assert calls[100] == calls[10_000]
 
 
@@ -139,7 +139,7 @@ def _count_calls(engine: Engine) -> int:
         plan = engine.scheduler.schedule()
     finally:
         sys.setprofile(None)
-    engine.scheduler.abandon(plan)
+    assert plan.scheduled
     return counter["call"] + counter["c_call"]
 
 
@@ -152,8 +152,8 @@ def test_ten_thousand_waiting_take_little_memory() -> None:
     tracemalloc.stop()
     assert used / 10_000 < 4096, "bytes per waiting request of 100 tokens"
     for number in range(10_000):
-        engine.abort(str(number))
-    assert not engine.has_unfinished and not engine._live
+        engine.abort(f"#{number}")
+    assert not engine.has_unfinished and not engine.requests
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_static_lets_nobody_join_until_the_batch_is_done() -> None:
         engine.add([1] * length, greedy(max_tokens))
     run(engine)
     groups = [set(scheduled(record)) for record in engine.trace]
-    assert all(group <= {"0", "1"} or group <= {"2", "3"} for group in groups)
+    assert all(group <= {"#0", "#1"} or group <= {"#2", "#3"} for group in groups)
     assert engine.trace[0].num_waiting == 3, "prompts that exceed the budget join one after the other"
 
 
@@ -207,7 +207,7 @@ def test_a_budget_of_one_token_serves_everybody() -> None:
         engine = scripted_engine(policy=policy, num_blocks=30, max_num_batched_tokens=1)
         for i in range(5):
             engine.add([i + 4] * 5, greedy(3))
-        assert run(engine) == {(str(i), 0): alone((i + 4,) * 5, greedy(3), 0) for i in range(5)}
+        assert run(engine) == {(f"#{i}", 0): alone((i + 4,) * 5, greedy(3), 0) for i in range(5)}
         assert {record.num_tokens for record in engine.trace} == {1}
 
 
@@ -231,7 +231,7 @@ def test_spawned_completions_share_the_blocks_of_the_prompt() -> None:
     engine.step()
     assert engine.trace[-1].num_copies == 2, "the last owner keeps the block"
     assert len({table[0] for table in tables}) == 1 and len({table[2] for table in tables}) == 3
-    assert run(engine).keys() == {("0", 0), ("0", 1), ("0", 2)}
+    assert run(engine).keys() == {("#0", 0), ("#0", 1), ("#0", 2)}
 
 
 def test_a_prompt_that_fills_its_last_block_is_forked_without_a_copy() -> None:
@@ -259,7 +259,7 @@ def test_trap_14_a_step_that_preempts_admits_nobody_and_the_oldest_gets_on() -> 
         events = engine.step()
         record = engine.trace[-1]
         assert not (record.preempted and record.admitted)
-        assert str(finished) in scheduled(record) and str(finished) not in record.preempted
+        assert f"#{finished}" in scheduled(record) and f"#{finished}" not in record.preempted
         finished += sum(event.finish_reason is not None for event in events)
     assert any(record.preempted for record in engine.trace)
 
@@ -290,8 +290,8 @@ def test_trap_14_a_margin_keeps_sequences_from_joining_just_to_be_preempted(monk
         return sum(part.num_recomputed for record in engine.trace for part in record.requests)
 
     with_margin = sum(map(recomputed, range(4)))
-    prepare = BlockPool.prepare
-    monkeypatch.setattr(BlockPool, "prepare", lambda self, *args, spare=0: prepare(self, *args))
+    fits = BlockPool.fits
+    monkeypatch.setattr(BlockPool, "fits", lambda self, hits, num_tokens, spare=0: fits(self, hits, num_tokens))
     assert with_margin < sum(map(recomputed, range(4)))
 
 
@@ -301,18 +301,17 @@ def test_trap_19_a_resumed_sequence_is_computed_like_a_prompt() -> None:
     got = run(engine)
     parts = [part for record in engine.trace for part in record.requests]
     assert any(part.num_scheduled > 1 and part.kv_len > part.num_prompt for part in parts)
-    assert got == {(str(i), 0): alone((i + 4,) * 5, greedy(16), 0) for i in range(4)}
+    assert got == {(f"#{i}", 0): alone((i + 4,) * 5, greedy(16), 0) for i in range(4)}
 
 
-def test_trap_20_a_preempted_sequence_keeps_its_tokens_and_its_random_state() -> None:
+def test_trap_20_a_preempted_request_keeps_its_tokens() -> None:
     engine = crowded()
     preempted = None
     while preempted is None:
-        before = {s.order: (list(s.tokens), s.generator) for s in engine.scheduler}
+        before = {request.order: list(request.tokens) for request in engine.scheduler}
         engine.step()
         preempted = next((s for s in engine.scheduler.waiting.values() if s.num_preemptions), None)
-    tokens, generator = before[preempted.order]
-    assert preempted.tokens == tokens and preempted.num_generated > 0 and preempted.generator is generator
+    assert preempted.tokens == before[preempted.order] and preempted.num_generated > 0
     assert preempted.num_computed == 0 and not preempted.table.blocks
 
 
@@ -337,7 +336,7 @@ def test_abort_at_any_moment_frees_everything() -> None:
             engine.add([1] * length, greedy(4, n=2))
         for _ in range(moment):
             engine.step()
-        for name in "0123":
+        for name in ("#0", "#1", "#2", "#3"):
             engine.abort(name)
             engine.scheduler.check()
         assert not engine.has_unfinished and engine.pool.num_free == engine.pool.num_usable
@@ -349,7 +348,7 @@ def test_trap_21_blocks_of_a_step_in_flight_are_freed_when_it_comes_back() -> No
     engine.add([1] * 9, greedy(4))
     plan = engine.scheduler.schedule()
     free = engine.pool.num_free
-    engine.abort("0")
+    engine.abort("#0")
     assert engine.pool.num_free == free, "the step that runs still writes there"
     engine.scheduler.check()
     assert engine.scheduler.commit(plan, [[7]]) == [], "an aborted sequence gets no token"
@@ -361,12 +360,12 @@ def test_finish_ends_one_completion_and_leaves_the_others() -> None:
     engine = scripted_engine(num_blocks=20)
     engine.add([1] * 5, greedy(6, n=3))
     engine.step()
-    engine.finish("0", 1, "stop", "END")
-    ended = next(s for s in engine.trace[0].sequences)
+    engine.finish("#0", 1, "stop", "END")
+    ended = next(s for s in engine.trace[0].requests)
     assert ended.num_samples == 3
     got = run(engine)
-    assert len(got["0", 0]) == len(got["0", 2]) == 5 and ("0", 1) not in got
-    engine.finish("0", 1)
+    assert len(got["#0", 0]) == len(got["#0", 2]) == 5 and ("#0", 1) not in got
+    engine.finish("#0", 1)
     engine.abort("nobody")
 
 
@@ -384,7 +383,7 @@ def test_a_failed_step_loses_nobody() -> None:
     engine.scheduler.check()
     for key, tokens in run(engine).items():
         got.setdefault(key, []).extend(tokens)
-    assert got == {(str(i), 0): alone((i + 4,) * 5, greedy(16), 0) for i in range(4)}
+    assert got == {(f"#{i}", 0): alone((i + 4,) * 5, greedy(16), 0) for i in range(4)}
 
 
 def _interrupt(batch: object) -> None:

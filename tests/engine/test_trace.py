@@ -41,8 +41,8 @@ def test_the_chrome_trace_has_a_slice_per_phase_and_sequence(engine: Engine, tmp
     parts = [part for record in engine.trace for part in record.requests]
     assert len(slices) == 4 * len(engine.trace) + len(parts)
     rows = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
-    assert list(rows) == ["engine", "0/0", "1/0", "2/0"]
-    assert {event["name"] for event in slices if event["tid"] == rows["1/0"]} >= {"prefill", "decode"}
+    assert list(rows) == ["engine", "#0/0", "#1/0", "#2/0"]
+    assert {event["name"] for event in slices if event["tid"] == rows["#1/0"]} >= {"prefill", "decode"}
     assert [event["name"] for event in slices if event["tid"] == rows["engine"]][:4] == PHASES
     assert all(event["dur"] >= 0 for event in slices)
     assert {event["name"] for event in events if event["ph"] == "C"} == {"running", "waiting", "free blocks"}

@@ -32,7 +32,7 @@ class Request:
     arrive: int = 0
     abort: int | None = None
     abort_in_flight: bool = False  # in the middle of the step, while the model runs
-    salt: str | None = None
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _random_request(rng: random.Random, block_size: int) -> Request:
         arrive=rng.choice([0, 0, rng.randint(0, 8)]),
         abort=rng.choice([None] * 6 + [rng.randint(0, 12)]),
         abort_in_flight=rng.random() < 0.5,
-        salt=rng.choice([None] * 5 + ["salt"]),
+        cache_salt=rng.choice([None] * 5 + ["salt"]),
     )
 
 
@@ -92,7 +92,7 @@ def play(engine: Engine, workload: Workload, max_steps: int = 5000) -> Completio
     for step in range(max_steps):
         for number, request in enumerate(workload.requests):
             if request.arrive == step:
-                engine.add(request.prompt, request.params, request_id=str(number), salt=request.salt)
+                engine.add(request.prompt, request.params, request_id=str(number), cache_salt=request.cache_salt)
         leaving = [(str(n), r.abort_in_flight) for n, r in enumerate(workload.requests) if r.abort == step]
         for name in [name for name, in_flight in leaving if not in_flight]:
             engine.abort(name)
@@ -107,7 +107,7 @@ def play(engine: Engine, workload: Workload, max_steps: int = 5000) -> Completio
     else:
         raise AssertionError(f"not done after {max_steps} steps")
     assert engine.pool.num_free == engine.pool.num_usable, "blocks leaked"
-    assert not engine._live, "requests leaked"
+    assert not engine.requests, "requests leaked"
     return got
 
 
@@ -116,9 +116,6 @@ def poison_free_blocks(engine: Engine) -> None:
     stale = torch.tensor([b.id for b in engine.pool.blocks if b.ref_count == 0 and b.prefix is None])
     for pool in engine.runner.cache.tensors:
         pool[:, stale] = torch.nan if pool.dtype.is_floating_point else 255  # as float8 that is NaN, too
-    if tails := engine.runner.cache.tails:
-        for keys in tails.keys:
-            keys[:, tails._free] = torch.nan
 
 
 @contextmanager
