@@ -26,6 +26,8 @@ from minillm.errors import RequestError
 from minillm.model.loader import load_model
 from minillm.model.tokenizer import Tokenizer, load_tokenizer
 from minillm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from minillm.prompts import Prompt as OnePrompt
+from minillm.prompts import read_prompts
 from minillm.sampling import SamplingParams
 from minillm.speculative import attach
 from minillm.text import TextStream
@@ -162,15 +164,9 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Live]:
         """Queue all prompts, or none if one of them is refused."""
-        many = _as_list(prompts)
-        each = [params or SamplingParams()] * len(many) if isinstance(params, SamplingParams | None) else list(params)
-        if len(each) != len(many):
-            raise RequestError(
-                f"{len(many)} prompts, but {len(each)} sampling_params. Give one for all or one for each."
-            )
         requests: list[Live] = []
         try:
-            for prompt, wish in zip(many, each, strict=True):
+            for prompt, wish in read_prompts(prompts, params):
                 requests.append(self._add(prompt, wish))
         except RequestError:
             for request in requests:
@@ -178,26 +174,24 @@ class LLM:
             raise
         return requests
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> Live:
+    def _add(self, prompt: OnePrompt, params: SamplingParams) -> Live:
         arrival = time.perf_counter()
-        text, token_ids = self._encode(prompt)
+        token_ids = list(prompt.token_ids) if prompt.token_ids is not None else self._encode(prompt.text or "")
+        text, params = prompt.text, params.with_bad_words(self.tokenizer.encode) if self.tokenizer else params
+        params.check(self.engine.model.config.vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("Stop strings need a tokenizer, and a random model has none. Use stop_token_ids.")
-        request_id = self.engine.add(token_ids, params, arrival_time=arrival)
+        request_id = self.engine.add(token_ids, params, arrival_time=arrival, salt=prompt.cache_salt)
         outputs = [CompletionOutput(index) for index in range(params.n)]
         metrics = self.new_metrics(arrival, [[] for _ in outputs])
         texts = [TextStream(o, self.tokenizer, params.stop_strings) for o in outputs] if self.tokenizer else None
         self._live[request_id] = Live(RequestOutput(request_id, text, token_ids, outputs, metrics), texts)
         return self._live[request_id]
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            return None, list(prompt["prompt_token_ids"])
-        if not isinstance(prompt, str):
-            return None, list(prompt)
+    def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise RequestError("A random model has no tokenizer. Give token ids, such as [1, 2, 3], as the prompt.")
-        return prompt, self.tokenizer.encode(prompt)
+        return self.tokenizer.encode(text)
 
     def _take(self, event: TokenEvent) -> None:
         """Account for the new tokens of one completion: ids, times, text, and whether it is finished."""
@@ -233,10 +227,3 @@ class LLM:
 
 def _spell(tokenizer: Tokenizer | None, token: int, candidate: Logprob) -> Logprob:
     return candidate if tokenizer is None else replace(candidate, decoded_token=tokenizer.decode([token]))
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list: a string, a mapping or a sequence of integers is one."""
-    if isinstance(prompts, (str, Mapping)) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
