@@ -6,6 +6,8 @@ all of them catches `MinillmError`; the command line prints its message without 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MinillmError(Exception):
     """Base of every error that wrong input can raise."""
@@ -37,3 +39,12 @@ class GraderError(MinillmError):
 
 class LearnerError(MinillmError):
     """A learner's function that cannot take the place of the engine's own: missing, failing, or of another opinion."""
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, and never an error of its own (Python does not print integers of 5,000 digits)."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a strange {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."

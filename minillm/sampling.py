@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.errors import RequestError
+from minillm.errors import RequestError, shown
 
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 LARGEST_INT = 2**31 - 1
@@ -253,13 +253,14 @@ def pick(probs: Tensor, u: Tensor) -> Tensor:
     return torch.where(total > 0, tokens, -1)[:, 0]
 
 
-def shown(value: Any) -> str:
-    """A value in a message: short, and never an error of its own (Python does not print integers of 5,000 digits)."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"a strange {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+def plain(value: Any) -> Any:
+    """A scalar of NumPy or PyTorch as Python's own; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def is_text(value: Any) -> bool:
+    """Whether this is a string that can be encoded. Half a character (a lone surrogate) cannot."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _check(name: str, value: Any, allowed: str, valid: bool) -> None:
@@ -269,7 +270,7 @@ def _check(name: str, value: Any, allowed: str, valid: bool) -> None:
 
 def _scalar(name: str, given: Any, kind: Any, low: float, high: float) -> Any:
     """A bool, int or float as Python's own. An int may stand for a float; nothing else for something else."""
-    value: Any = given.item() if getattr(given, "shape", None) == () else given
+    value = plain(given)
     right = isinstance(value, (int, kind)) and isinstance(value, bool) == (kind is bool) and bool(low <= value <= high)
     span = f" from {low:.6g} to {high:.6g}" if high < math.inf else ""
     _check(name, given, {bool: "True or False", int: f"an integer{span}", float: f"a number{span}"}[kind], right)
@@ -288,7 +289,7 @@ def _items(name: str, given: Any) -> tuple[Any, ...]:
 
 def _strings(name: str, given: Any) -> tuple[str, ...]:
     items = _items(name, given)
-    _check(name, given, "None or strings that are not empty", all(isinstance(s, str) and s for s in items))
+    _check(name, given, "None or strings that are not empty", all(is_text(s) and s for s in items))
     return tuple(str(s) for s in items)
 
 
