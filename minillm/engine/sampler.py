@@ -50,20 +50,21 @@ def _adjusted(logits: Tensor, request: Request, drafts: list[int], end_ids: tupl
     return adjust(logits, request.params, prompt, output + drafts, end_ids)
 
 
-def stream_numbers(rows: Sequence[Row], seed: int, stream: Callable[[int], int] = int) -> list[float] | None:
-    """The random number of each row, from its request's own stream; None if no row needs one.
+def stream_numbers(rows: Sequence[Row], seed: int, device: torch.device) -> Tensor | None:
+    """The random number of each row, float64 [rows], from its request's own stream; None if no row needs one.
 
     Number i of a stream belongs to output token i, whoever draws it: a rejected draft, a preemption or an interrupted
-    step shifts nothing. `stream` turns the index of a completion into that of its stream.
+    step shifts nothing.
     """
     if all(request.params.greedy for request, _ in rows):
         return None
-    return [
+    numbers = [
         request.params.random(
-            stream(request.index), request.num_generated + len(drafts), engine_seed=seed, arrival=request.order[0]
+            request.index, request.num_generated + len(drafts), engine_seed=seed, arrival=request.order[0]
         )
         for request, drafts in rows
     ]
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
 class Sampler:
@@ -102,9 +103,8 @@ class Sampler:
     def _draw(self, plan: StepPlan, logits: Tensor, rows: Sequence[Row]) -> Tensor:
         """A token for each row, on the device: int64 [rows]. Those after a rejected draft are drawn in vain."""
         target = distributions(logits, rows, self.rules.process, self.end_ids)
-        u = stream_numbers(rows, self.seed)
-        at = None if u is None else torch.tensor(u, dtype=torch.float64, device=logits.device)
-        tokens: Tensor = self.rules.draw(given_drafts(target, plan.drafts, self.rules.given), at)
+        u = stream_numbers(rows, self.seed, logits.device)
+        tokens: Tensor = self.rules.draw(given_drafts(target, plan.drafts, self.rules.given), u)
         return tokens
 
 

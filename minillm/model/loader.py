@@ -160,6 +160,7 @@ def load_model(
     dtype: str = "auto",
     seed: int = 0,
     progress: bool = True,
+    kernels: str = "auto",
 ) -> Decoder:
     """Load a model for inference.
 

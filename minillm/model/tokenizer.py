@@ -54,12 +54,12 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat is not None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; begins with BOS exactly where the model's own tokenizer does it.
 
         Raises RequestError for what is no text: another type, or half of a surrogate pair, which UTF-8 cannot write.
         """
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens=add_special_tokens)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -104,7 +104,7 @@ class Detokenizer:
     Each token costs the same, however long the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

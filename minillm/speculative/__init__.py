@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minillm.engine.engine import Engine
-from minillm.engine.proposer import Proposer
+from minillm.engine.verify import Proposer
 from minillm.errors import ConfigError
 from minillm.model.decoder import Decoder
 from minillm.model.loader import load_model
@@ -21,30 +21,19 @@ EMBEDDED_DRAFT = "tiny-draft"  # what "draft" stands for
 _WAY_OUT = "Choose one with the same tokenizer, or speculative='ngram', which needs none."
 
 
-def attach(
-    name: str,
-    engine: Engine,
-    tokenizer: Tokenizer | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    progress: bool = True,
-) -> Proposer:
+def attach(name: str, engine: Engine, tokenizer: Tokenizer | None = None, **how: Any) -> Proposer:
     """Let an engine speculate. name: "ngram", "draft" for the embedded draft model, or a model as in `load_model`.
 
-    device, dtype, seed, progress: of the draft model, as there. tokenizer: of the engine's model; None for random
-    weights, which have none. A draft model is loaded when the engine is there, so that its cache takes memory that the
-    engine's left. Raises `ConfigError` if it speaks of other tokens than the engine's model, and what `load_model` and
-    `load_tokenizer` raise.
+    tokenizer: of the engine's model; None for random weights, which have none. how: what `load_model` is told of the
+    draft model (device, dtype, seed, kernels, progress). It is loaded when the engine is there, so that its cache takes
+    memory that the engine's left. Raises `ConfigError` if it speaks of other tokens than the engine's model, and what
+    `load_model` and `load_tokenizer` raise.
     """
-    engine.proposer = _proposer(name, engine, tokenizer, device=device, dtype=dtype, seed=seed, progress=progress)
+    engine.proposer = NgramProposer() if name == "ngram" else _draft_model(name, engine, tokenizer, **how)
     return engine.proposer
 
 
-def _proposer(name: str, engine: Engine, tokenizer: Tokenizer | None, **how: Any) -> Proposer:
-    if name == "ngram":
-        return NgramProposer()
+def _draft_model(name: str, engine: Engine, tokenizer: Tokenizer | None, **how: Any) -> DraftModelProposer:
     source = EMBEDDED_DRAFT if name == "draft" else name
     model = load_model(source, **how)
     _check_sizes(name, model, engine)

@@ -1,43 +1,70 @@
 """Guess with a smaller model: it writes a few tokens alone, the target checks them all at once.
 
 The draft model reads and writes a cache of its own, and is served by the engine's own parts: packed batches, paged
-blocks, prefix cache. For every sequence of the target it has a *twin*. To the twin all that the target has said is
-prompt, and what it generates are drafts. The catch-up rule keeps both in step: whatever the twin has not computed yet
-is computed when it is next asked. After full acceptance that is the last draft and the bonus token, after a rejection
-the recovered token (the twin's KV behind it no longer counts), after a preemption of the target nothing at all.
+blocks, prefix cache. For every request of the target it has a *twin*. All that the target has said is given to the
+twin, and what it generates after that are drafts. The catch-up rule keeps both in step: whatever the twin has not
+computed yet is computed when it is next asked. After full acceptance that is the last draft and the bonus token, after
+a rejection the recovered token (the twin's KV after it no longer counts), after a preemption of the target nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from minillm.cache.blocks import BlockPool, BlockTable
+from minillm.cache.blocks import BlockPool
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
-from minillm.engine.proposer import Draft
 from minillm.engine.request import Request
-from minillm.engine.runner import ModelRunner, distributions
+from minillm.engine.runner import ModelRunner
+from minillm.engine.sampler import distributions, rows_of, stream_numbers
 from minillm.engine.scheduler import StepPlan
-from minillm.engine.verify import num_accepted
-from minillm.model.decoder import Decoder
-from minillm.sampling import sample
+from minillm.engine.verify import Draft, num_accepted
+from minillm.model.decoder import Decoder, inference
+from minillm.sampling import probs_from_logits, sample
+
+
+@dataclass(eq=False)
+class Twin(Request):
+    """The draft model's view of a request: the same tokens, then drafts."""
+
+    num_given: int = 0  # tokens that the target has said, the prompt included
+
+    @classmethod
+    def of(cls, request: Request) -> Twin:
+        """A twin that has not been given any token yet."""
+        return cls(request.request_id, request.order, [], request.num_prompt, request.params, request.arrival_time,
+                   request.cache_salt)  # fmt: skip
+
+    @property
+    def index(self) -> int:
+        """Completions count from 0 up, their twins from -1 down: each draws from a random stream of its own."""
+        return -1 - self.order[1]
+
+    def catch_up(self, request: Request) -> None:
+        """Take over the target's tokens. KV counts as far as both have said the same.
+
+        The last token is always left to be computed: what follows it is wanted.
+        """
+        same = self.num_given + num_accepted(self.tokens[self.num_given :], request.tokens[self.num_given :])
+        self.tokens[same:] = request.tokens[same:]
+        self.num_given = len(self.tokens)
+        self.num_computed = min(self.num_computed, same, self.num_given - 1)
 
 
 class DraftModelProposer:
-    """Drafts written by a model with the target's vocabulary, for all sequences side by side.
+    """Drafts written by a model with the target's vocabulary, for all requests side by side.
 
     Its draws are made from the same processing of its logits as the target's, out of random streams of their own: a
     draft that came from the stream that judges it would be judged with a bias. `config` is the target engine's. Its KV
-    stays in the model's dtype: it is small, and twins roll back further than quantised blocks allow.
+    stays in the model's dtype, because it is small.
     """
 
     def __init__(self, model: Decoder, config: EngineConfig | None = None) -> None:
-        config = config or EngineConfig()
-        self.config = replace(config, kv_format="auto", block_size=config.kv_block_size)
+        self.config = replace(config or EngineConfig(), kv_format="auto")
         self.runner = ModelRunner(model, self.config)
         self.pool = BlockPool(
             self.runner.cache.num_blocks,
@@ -45,61 +72,60 @@ class DraftModelProposer:
             identity=(model.config, model.dtype),
             enable_prefix_caching=self.config.enable_prefix_caching,
         )
-        self._twins: dict[Request, Request] = {}
+        self._twins: dict[Request, Twin] = {}
 
-    @torch.inference_mode()
     def propose(self, room: Mapping[Request, int]) -> dict[Request, Draft]:
-        """Up to room[sequence] tokens for each: one pass for everybody's first, one for everybody's second …
+        """Up to room[request] tokens for each: one pass for everybody's first, one for everybody's second …
 
-        A long prompt is read in chunks of `max_num_batched_tokens`; a sequence that is not level by then, that has no
+        A long prompt is read in chunks of `max_num_batched_tokens`; a request that is not level by then, that has no
         more positions, or for which blocks are lacking gets fewer drafts or none.
         """
-        twins = {self._in_step(sequence): count for sequence, count in room.items()}
+        twins = {self._in_step(request): count for request, count in room.items()}
         probs: dict[Request, list[Tensor]] = {twin: [] for twin in twins}
-        for _ in range(max(room.values(), default=0)):
-            self._pass(twins, probs)
-        return {sequence: _draft(twin, probs[twin]) for sequence, twin in zip(room, twins, strict=True)}
+        with inference(self.runner.model.device):
+            for _ in range(max(room.values(), default=0)):
+                self._pass(twins, probs)
+        return {request: _draft(twin, probs[twin]) for request, twin in zip(room, twins, strict=True)}
 
-    def forget(self, sequence: Request) -> None:
-        """Free the blocks of a sequence that has ended."""
-        twin = self._twins.pop(sequence, None)
+    def forget(self, request: Request) -> None:
+        """Free the blocks of a request that has ended."""
+        twin = self._twins.pop(request, None)
         if twin is not None:
             self.pool.release(twin.table)
 
-    def _in_step(self, sequence: Request) -> Request:
-        """The sequence's twin, holding the same tokens; KV counts as far as both have said the same.
+    def reset(self) -> None:
+        """Forget all requests, whatever state the pool is in."""
+        self._twins.clear()
+        self.pool.reset()
 
-        The last token is always left to be computed: what follows it is wanted.
-        """
-        if sequence not in self._twins:
-            self._twins[sequence] = _unborn(sequence)
-        twin = self._twins[sequence]
-        start = twin.num_prompt
-        same = start + num_accepted(twin.tokens[start:], sequence.tokens[start:])
-        twin.tokens[same:] = sequence.tokens[same:]
-        twin.num_prompt = len(twin.tokens)
-        twin.num_computed = min(twin.num_computed, same, twin.num_prompt - 1)
+    def _in_step(self, request: Request) -> Twin:
+        """The request's twin, given all that the target has said, with a table that holds what is known of it."""
+        if request not in self._twins:
+            self._twins[request] = Twin.of(request)
+        twin = self._twins[request]
+        twin.catch_up(request)
         if not twin.table.blocks:
-            twin.table, twin.num_computed = self.pool.open(twin.tokens, twin.salt)
+            hits = self.pool.lookup(twin.tokens, twin.cache_salt)
+            twin.table, twin.num_computed = self.pool.open(twin.tokens, hits, twin.cache_salt)
         return twin
 
-    def _pass(self, twins: Mapping[Request, int], probs: dict[Request, list[Tensor]]) -> None:
+    def _pass(self, twins: Mapping[Twin, int], probs: dict[Request, list[Tensor]]) -> None:
         """One run of the model: chunks for those who are behind, a draft for those who get level."""
         plan = StepPlan(self.config.max_num_batched_tokens)
         for twin, count in twins.items():
-            if twin.num_generated < count:
+            if twin.num_tokens - twin.num_given < count:
                 self._schedule(plan, twin, twins)
         if not plan.scheduled:
             return
-        batch = Batch.pack(plan, self.pool.block_size, self.runner.model.device)
-        logits = self.runner.logits(batch)
-        for twin, part in plan.scheduled.items():
-            twin.num_computed += part.num_tokens
-            self.pool.commit(twin.table, twin.tokens, min(twin.num_computed, twin.num_prompt))
-        if logits is not None:
-            self._draw(batch, distributions(logits, batch), probs)
+        logits = self.runner.run(Batch.pack(plan, self.pool.block_size, self.runner.model.device))
+        for twin in twins:
+            if twin in plan.scheduled:
+                twin.num_computed += plan.scheduled[twin].num_tokens
+                self.pool.commit(twin.table, twin.tokens, min(twin.num_computed, twin.num_given))
+        if plan.samplers:
+            self._draw(plan, logits, probs)
 
-    def _schedule(self, plan: StepPlan, twin: Request, busy: Mapping[Request, int]) -> None:
+    def _schedule(self, plan: StepPlan, twin: Twin, busy: Mapping[Twin, int]) -> None:
         """Plan the next tokens of a twin, if there are budget, positions and blocks. Idle twins give up theirs."""
         end = twin.num_computed + min(twin.num_remaining, plan.budget)
         if end == twin.num_computed or end > self.runner.model.config.max_position_embeddings:
@@ -110,32 +136,20 @@ class DraftModelProposer:
                 self.pool.release(idle.table)
             copies = self.pool.prepare(twin.table, twin.num_computed, end)
         if copies is not None:
-            plan.add(twin, end - twin.num_computed, copies)
+            plan.add(twin, end - twin.num_computed, copies, 0)
 
-    def _draw(self, batch: Batch, probs: Tensor, drawn: dict[Request, list[Tensor]]) -> None:
+    def _draw(self, plan: StepPlan, logits: Tensor, drawn: dict[Request, list[Tensor]]) -> None:
         """Append a draft to each twin that got level, and keep what it was drawn from."""
-        tokens = sample(probs, [self._generator(twin) for twin in batch.samplers]).tolist()
-        for twin, token, row in zip(batch.samplers, tokens, probs, strict=True):
-            twin.tokens.append(token)
-            drawn[twin].append(row)
-
-    def _generator(self, twin: Request) -> Generator | None:
-        """The twin's own random stream: completions count from 0 up, their twins from -1 down."""
-        if twin.params.greedy:
-            return None
-        if twin.generator is None:
-            arrival, index = twin.order
-            device = self.runner.model.device
-            twin.generator = twin.params.generator(-1 - index, engine_seed=twin.seed, arrival=arrival, device=device)
-        return twin.generator
+        rows = rows_of(plan.samplers, plan.drafts)
+        probs = distributions(logits, rows, probs_from_logits, self.runner.model.config.eos_token_ids)
+        tokens = sample(probs, stream_numbers(rows, self.config.seed, logits.device)).tolist()
+        for twin, token, row in zip(plan.samplers, tokens, probs, strict=True):
+            if token >= 0:
+                twin.tokens.append(token)
+                drawn[twin].append(row)
 
 
-def _unborn(sequence: Request) -> Request:
-    """A twin that has heard nothing yet."""
-    return replace(sequence, tokens=[], num_prompt=0, num_computed=0, table=BlockTable(), generator=None)
-
-
-def _draft(twin: Request, probs: list[Tensor]) -> Draft:
+def _draft(twin: Twin, probs: list[Tensor]) -> Draft:
     """What a twin has just written. A greedy one has drawn nothing: it is as certain as a lookup."""
-    tokens = twin.tokens[twin.num_prompt :]
+    tokens = twin.tokens[twin.num_given :]
     return Draft(tokens, torch.stack(probs) if tokens and not twin.params.greedy else None)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from minillm.engine.proposer import Draft
 from minillm.engine.request import Request
+from minillm.engine.verify import Draft
 
 
 class SuffixIndex:
@@ -19,7 +19,7 @@ class SuffixIndex:
 
     A suffix automaton: state s stands for pieces of text that end at the same places, the longest of `_length[s]`
     tokens; `_link[s]` is the state of its longest end that stands at more places. So the link of the whole text's
-    state is the answer. `_end[s]` is the place behind one of the earlier occurrences, the latest that was looked up.
+    state is the answer. `_end[s]` is the place after one of the earlier occurrences, the latest that was looked up.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class SuffixIndex:
         self._end = [0]
         self._last = 0  # the state of the whole text
         self.num_matched = 0  # length of the longest end that stands earlier, too
-        self.source = 0  # the place behind that earlier occurrence
+        self.source = 0  # the place after that earlier occurrence
 
     @property
     def num_tokens(self) -> int:
@@ -37,7 +37,7 @@ class SuffixIndex:
         return self._length[self._last]
 
     def append(self, token: int) -> None:
-        """Add one token behind the text."""
+        """Add one token after the text."""
         place = self.num_tokens + 1
         new = self._state({}, link=0, length=place, end=place)
         state = self._last
@@ -51,7 +51,7 @@ class SuffixIndex:
         self._end[match] = place
 
     def _exactly(self, state: int, token: int) -> int:
-        """The state of `state`'s longest piece with this token behind it, split off if it is shared."""
+        """The state of `state`'s longest piece with this token after it, split off if it is shared."""
         target, length = self._next[state][token], self._length[state] + 1
         if self._length[target] == length:
             return target
@@ -82,24 +82,28 @@ class NgramProposer:
         self._indices: dict[Request, SuffixIndex] = {}
 
     def propose(self, room: Mapping[Request, int]) -> dict[Request, Draft]:
-        """A draft of full length for each sequence whose end stands earlier in its text; none for the others."""
+        """A draft of full length for each request whose end stands earlier in its text; none for the others."""
         drafts = {}
-        for sequence, count in room.items():
-            index = self._caught_up(sequence)
+        for request, count in room.items():
+            index = self._caught_up(request)
             if index.num_matched >= self.min_match:
-                drafts[sequence] = Draft(continuation(sequence.tokens, index.source, count))
+                drafts[request] = Draft(continuation(request.tokens, index.source, count))
         return drafts
 
-    def _caught_up(self, sequence: Request) -> SuffixIndex:
-        """The sequence's index, grown by what is new in it."""
-        index = self._indices.setdefault(sequence, SuffixIndex())
-        for token in sequence.tokens[index.num_tokens :]:
+    def _caught_up(self, request: Request) -> SuffixIndex:
+        """The request's index, grown by what is new in it."""
+        index = self._indices.setdefault(request, SuffixIndex())
+        for token in request.tokens[index.num_tokens :]:
             index.append(token)
         return index
 
-    def forget(self, sequence: Request) -> None:
-        """Drop the index of a sequence that has ended."""
-        self._indices.pop(sequence, None)
+    def forget(self, request: Request) -> None:
+        """Drop the index of a request that has ended."""
+        self._indices.pop(request, None)
+
+    def reset(self) -> None:
+        """Drop all indices."""
+        self._indices.clear()
 
 
 def continuation(tokens: list[int], source: int, count: int) -> list[int]:

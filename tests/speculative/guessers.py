@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from minillm.engine.proposer import Draft
 from minillm.engine.request import Request
+from minillm.engine.verify import Draft
 from tests.engine.workloads import VOCAB, Completions
 
 
@@ -26,4 +26,7 @@ class Guesser:
         return [token if self.rng.random() < self.right else self.rng.randrange(VOCAB) for token in guess]
 
     def forget(self, sequence: Request) -> None:
+        pass
+
+    def reset(self) -> None:
         pass
