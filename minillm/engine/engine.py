@@ -122,9 +122,9 @@ class Engine:
         use. Others are not affected.
         """
         params = params or SamplingParams()
+        self.check(prompt, params)
         name = self.new_id() if request_id is None else request_id
         drafts = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
-        self.check(prompt, params)
         with self._lock:
             self._check_names(name, cache_salt)
             request = Request(
