@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.config import ModelConfig
-from minillm.course.training import batches, corpus, train
+from minillm.course.training import batches, train
+from minillm.measure import corpus
 from minillm.course.training.batches import batch, pack, prepare
 from minillm.course.training.bpe import END_OF_TEXT_ID, train_tokenizer
 from minillm.course.training.loss import compiled, row_loss
