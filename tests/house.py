@@ -277,12 +277,9 @@ NO_CODE = frozenset(
 
 def core_files(package: Path = PACKAGE) -> list[Path]:
     """The files of the core: those of its rooms that are there."""
-    places = (package / (name or "__init__") for name in sorted(CORE))
-    return [file for place in places for file in ([place.with_suffix(".py")] if not place.is_dir() else _files(place))]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.py"))
+    places = [package / (name or "__init__") for name in sorted(CORE)]
+    files = [place.with_suffix(".py") for place in places if place.with_suffix(".py").is_file()]
+    return files + [file for place in places for file in sorted(place.rglob("*.py"))]
 
 
 def size(source: str) -> Size:
