@@ -1,10 +1,11 @@
 """Guess with a smaller model: it writes a few tokens alone, the target checks them all at once.
 
-The draft model reads and writes a cache of its own, and is served by the engine's own parts: packed batches, paged
-blocks, prefix cache. For every sequence of the target it has a *twin*. To the twin all that the target has said is
-prompt, and what it generates are drafts. The catch-up rule keeps both in step: whatever the twin has not computed yet
-is computed when it is next asked. After full acceptance that is the last draft and the bonus token, after a rejection
-the recovered token (the twin's KV behind it no longer counts), after a preemption of the target nothing at all.
+The draft model has a cache of its own, and uses the engine's parts: packed batches, paged blocks, prefix cache. For
+every request of the target it keeps a *twin*: a request of its own whose prompt is all that the target has so far, and
+whose generated tokens are the drafts. The catch-up rule of the engine keeps both level: what the twin has not computed
+yet is computed when it is next asked. After full acceptance these are the last draft and the bonus token. After a
+rejection it is the recovered token, and the twin's KV after that place no longer counts. After a preemption of the
+target it is nothing: the twin has lost no KV.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from minillm.sampling import sample
 
 
 class DraftModelProposer:
-    """Drafts written by a model with the target's vocabulary, for all sequences side by side.
+    """Drafts written by a smaller model with the target's vocabulary, for all requests in one batch.
 
-    Its draws are made from the same processing of its logits as the target's, out of random streams of their own: a
-    draft that came from the stream that judges it would be judged with a bias. `config` is the target engine's. Its KV
-    stays in the model's dtype: it is small, and twins roll back further than quantised blocks allow.
+    Its logits are processed as the target's are, but its draws come from random streams of their own: a draft that is
+    drawn from the stream which later accepts or rejects it would be accepted with the wrong probability. `config` is
+    the target engine's. The KV of the drafts stays in the model's dtype: it is small, and twins roll back further than
+    quantised blocks allow.
     """
 
     def __init__(self, model: Decoder, config: EngineConfig | None = None) -> None:
@@ -49,10 +51,10 @@ class DraftModelProposer:
 
     @torch.inference_mode()
     def propose(self, room: Mapping[Request, int]) -> dict[Request, Draft]:
-        """Up to room[sequence] tokens for each: one pass for everybody's first, one for everybody's second …
+        """Up to room[sequence] tokens for each: one pass for the first token of all, one for the second, and so on.
 
-        A long prompt is read in chunks of `max_num_batched_tokens`; a sequence that is not level by then, that has no
-        more positions, or for which blocks are lacking gets fewer drafts or none.
+        A long prompt is read in chunks of `max_num_batched_tokens`. A request whose prompt is not read to its end in
+        these passes gets fewer drafts or none; so does one without free positions or blocks.
         """
         twins = {self._in_step(sequence): count for sequence, count in room.items()}
         probs: dict[Request, list[Tensor]] = {twin: [] for twin in twins}
@@ -61,15 +63,15 @@ class DraftModelProposer:
         return {sequence: _draft(twin, probs[twin]) for sequence, twin in zip(room, twins, strict=True)}
 
     def forget(self, sequence: Request) -> None:
-        """Free the blocks of a sequence that has ended."""
+        """Free the blocks of a request that has ended."""
         twin = self._twins.pop(sequence, None)
         if twin is not None:
             self.pool.release(twin.table)
 
     def _in_step(self, sequence: Request) -> Request:
-        """The sequence's twin, holding the same tokens; KV counts as far as both have said the same.
+        """The request's twin, with the same tokens. Its KV counts up to the first token in which the two differed.
 
-        The last token is always left to be computed: what follows it is wanted.
+        The last token is never counted as computed: its logits give the first draft.
         """
         if sequence not in self._twins:
             self._twins[sequence] = _unborn(sequence)
@@ -84,7 +86,7 @@ class DraftModelProposer:
         return twin
 
     def _pass(self, twins: Mapping[Request, int], probs: dict[Request, list[Tensor]]) -> None:
-        """One run of the model: chunks for those who are behind, a draft for those who get level."""
+        """One run of the model: a chunk for each twin that has more to read, a draft for each that has read all."""
         plan = StepPlan(self.config.max_num_batched_tokens)
         for twin, count in twins.items():
             if twin.num_generated < count:
@@ -100,7 +102,7 @@ class DraftModelProposer:
             self._draw(batch, distributions(logits, batch), probs)
 
     def _schedule(self, plan: StepPlan, twin: Request, busy: Mapping[Request, int]) -> None:
-        """Plan the next tokens of a twin, if there are budget, positions and blocks. Idle twins give up theirs."""
+        """Plan the next tokens of a twin, if there are budget, positions and blocks; idle twins lose their blocks."""
         end = twin.num_computed + min(twin.num_remaining, plan.budget)
         if end == twin.num_computed or end > self.runner.model.config.max_position_embeddings:
             return
@@ -113,7 +115,7 @@ class DraftModelProposer:
             plan.add(twin, end - twin.num_computed, copies)
 
     def _draw(self, batch: Batch, probs: Tensor, drawn: dict[Request, list[Tensor]]) -> None:
-        """Append a draft to each twin that got level, and keep what it was drawn from."""
+        """Append a draft to each twin that has read all, and keep the probabilities that it was drawn from."""
         tokens = sample(probs, [self._generator(twin) for twin in batch.samplers]).tolist()
         for twin, token, row in zip(batch.samplers, tokens, probs, strict=True):
             twin.tokens.append(token)
@@ -129,11 +131,11 @@ class DraftModelProposer:
 
 
 def _unborn(sequence: Request) -> Request:
-    """A twin that has heard nothing yet."""
+    """A new twin, without tokens and without KV."""
     return replace(sequence, tokens=[], num_prompt=0, num_computed=0, table=BlockTable(), generator=None)
 
 
 def _draft(twin: Request, probs: list[Tensor]) -> Draft:
-    """What a twin has just written. A greedy one has drawn nothing: it is as certain as a lookup."""
+    """What a twin has just written. A greedy draft is not drawn, so it has no probabilities to compare with."""
     tokens = twin.tokens[twin.num_prompt :]
     return Draft(tokens, torch.stack(probs) if tokens and not twin.params.greedy else None)

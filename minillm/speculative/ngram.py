@@ -1,4 +1,4 @@
-"""Guess by looking back: what followed the last time the text stood like this?
+"""Guess by looking back: what followed when the text last ended in the same tokens?
 
 Prompt lookup: no second model, no arithmetic. Code, quotes, edits and lists repeat themselves; prose rarely does. The
 longest end of the text that also stands earlier in it is found with a suffix automaton, which grows by a token in
@@ -19,7 +19,7 @@ class SuffixIndex:
 
     A suffix automaton: state s stands for pieces of text that end at the same places, the longest of `_length[s]`
     tokens; `_link[s]` is the state of its longest end that stands at more places. So the link of the whole text's
-    state is the answer. `_end[s]` is the place behind one of the earlier occurrences, the latest that was looked up.
+    state is the answer. `_end[s]` is the place after one of the earlier occurrences: the latest that was looked up.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class SuffixIndex:
         self._end = [0]
         self._last = 0  # the state of the whole text
         self.num_matched = 0  # length of the longest end that stands earlier, too
-        self.source = 0  # the place behind that earlier occurrence
+        self.source = 0  # the place after that earlier occurrence
 
     @property
     def num_tokens(self) -> int:
@@ -37,7 +37,7 @@ class SuffixIndex:
         return self._length[self._last]
 
     def append(self, token: int) -> None:
-        """Add one token behind the text."""
+        """Add one token at the end of the text."""
         place = self.num_tokens + 1
         new = self._state({}, link=0, length=place, end=place)
         state = self._last
@@ -51,7 +51,7 @@ class SuffixIndex:
         self._end[match] = place
 
     def _exactly(self, state: int, token: int) -> int:
-        """The state of `state`'s longest piece with this token behind it, split off if it is shared."""
+        """The state of `state`'s longest piece followed by this token, split off if it is shared."""
         target, length = self._next[state][token], self._length[state] + 1
         if self._length[target] == length:
             return target
@@ -73,8 +73,8 @@ class SuffixIndex:
 class NgramProposer:
     """Guesses that what followed the longest repeated end will follow again.
 
-    min_match: shorter repetitions are chance, and propose nothing. Costs a constant time per token of the text, once,
-    and no forward pass.
+    min_match: a repetition of fewer tokens is taken for chance, and nothing is proposed. Costs a constant time for each
+    token of the text, once, and no forward pass.
     """
 
     def __init__(self, min_match: int = 2) -> None:
@@ -82,7 +82,7 @@ class NgramProposer:
         self._indices: dict[Request, SuffixIndex] = {}
 
     def propose(self, room: Mapping[Request, int]) -> dict[Request, Draft]:
-        """A draft of full length for each sequence whose end stands earlier in its text; none for the others."""
+        """A draft of full length for each request whose end stands earlier in its text; none for the others."""
         drafts = {}
         for sequence, count in room.items():
             index = self._caught_up(sequence)
@@ -91,22 +91,22 @@ class NgramProposer:
         return drafts
 
     def _caught_up(self, sequence: Request) -> SuffixIndex:
-        """The sequence's index, grown by what is new in it."""
+        """The request's index, after its new tokens have been added."""
         index = self._indices.setdefault(sequence, SuffixIndex())
         for token in sequence.tokens[index.num_tokens :]:
             index.append(token)
         return index
 
     def forget(self, sequence: Request) -> None:
-        """Drop the index of a sequence that has ended."""
+        """Drop the index of a request that has ended."""
         self._indices.pop(sequence, None)
 
 
 def continuation(tokens: list[int], source: int, count: int) -> list[int]:
     """What follows if `tokens` go on as they did from place `source`.
 
-    Where that runs into the end of the text it goes on with its own guesses, as LZ77 copies: a text of period n is
-    continued with period n.
+    At the end of the text it copies its own guesses, as LZ77 does: a text that repeats with period n goes on with
+    period n.
     """
     period = len(tokens) - source
     return [tokens[source + step % period] for step in range(count)]
