@@ -1,8 +1,8 @@
-"""`minillm`, the command line. Each command only parses, calls the library and prints.
+"""`minillm`, the command line. Each command is a thin shell around what the library does.
 
 Nothing here imports PyTorch before a command runs, so that `--help` answers at once. Wrong input ends with one clear
-message and exit code 2. A fault of ours ends with exit code 1 (in the grader with 3, because there 1 says that checks
-failed). A traceback is shown only with `--debug`.
+message and exit code 2, a fault of ours with exit code 1 (of the grader: 3, since 1 says that checks failed); a
+traceback is shown only to those who ask (`--debug`).
 """
 
 from __future__ import annotations

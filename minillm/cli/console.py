@@ -51,7 +51,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result it would hold. Raises ConfigError."""
+    """Refuse a file that cannot be written before anybody waits for what would be in it. Raises ConfigError."""
     place = path if path.exists() else path.resolve().parent
     if path.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"{path} cannot be written. Choose a file in a folder that exists and that you may write to.")

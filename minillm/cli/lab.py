@@ -123,7 +123,7 @@ def diff(name: Name = None) -> None:
 def solution(
     name: Name = None,
     give_up: Annotated[
-        bool, typer.Option("--give-up", help="Show it although your checks do not pass; this is recorded.")
+        bool, typer.Option("--give-up", help="Show it though your checks do not pass; recorded.")
     ] = False,
 ) -> None:
     """Show our solution: after yours passes, or when you give up."""
@@ -148,7 +148,7 @@ def solution(
 
 @lab.command()
 def reset(name: Annotated[str, typer.Argument(help="An exercise, such as ex03.", metavar="ID")]) -> None:
-    """Make an exercise as new. Your file is kept under another name."""
+    """Bring an exercise back as it was given. Your file is kept aside."""
     from minillm.course.lab.release import put_aside
 
     exercise = _exercise(name)
@@ -181,7 +181,7 @@ def status(as_json: AsJson = False) -> None:
 
 @lab.command()
 def doctor() -> None:
-    """Check that this machine can run the exercises; if it cannot, say what would help."""
+    """Check that this machine can run the exercises, and what would help if not."""
     from minillm.course.lab.exercises import find_course
     from minillm.course.lab.isolation import LEVELS, unavailable
     from minillm.course.lab.sandbox import Sandbox
@@ -241,7 +241,7 @@ def _tested(exercise: Exercise, grader: Grader, *, quiet: bool = False) -> Resul
 
 
 def _shown(path: Path) -> str:
-    """The shortest way to type a path."""
+    """A path as short as it can be typed."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
