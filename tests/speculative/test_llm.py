@@ -101,9 +101,7 @@ def test_a_vocabulary_of_the_right_size_with_other_tokens_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minillm.speculative.load_tokenizer", lambda name: spelled(("a", "q"), ("b", "7")))
-    with pytest.raises(
-        ConfigError, match=r"Token 22 is 'b' for the draft model .*/draft', but '7' .*; 4 of 256"
-    ):
+    with pytest.raises(ConfigError, match=r"Token 22 is 'b' for the draft model .*/draft', but '7' .*; 4 of 256"):
         make(root, str(root / "draft"))
     make(root, "ngram")
 
