@@ -42,6 +42,7 @@ ROOMS = {
     "kernels": ("kernels", "the same, faster on this machine"),
     "quantization": ("quantization", "keys and values in fewer bytes"),
     "speculative": ("speculative", "guesses tokens, which are then checked"),
+    "chat": ("chat", "messages to a prompt, by the model's template"),
     "llm": ("llm, __init__", "the front door: prompts in, text out"),
     "measure": ("measure", "benchmarks, counters, what this machine can do"),
     "course": ("course", "lessons, claims, figures, exercises and their grading, training"),
@@ -124,7 +125,7 @@ def draw_house() -> str:
             x += width + gap
         y += height + 12
     parts += way_down(24, tops["cli"][0], tops["errors"][1])
-    parts += way_up(right, sum(tops["seams"]) / 2, sum(tops["speculative"]) / 2)
+    parts += way_up(right, sum(tops["seams"]) / 2, sum(tops[house.FLOORS[5][-1]]) / 2)
     parts += legend(left, y + 6)
     return svg(y + 62, "The house of minillm: its rooms by floor, and what each room imports", parts)
 
@@ -156,7 +157,7 @@ def kind(name: str) -> str:
 def draw_room(name: str, lines: list[tuple[str, str]], x: float, y: float, width: float, height: float) -> list[str]:
     what = kind(name)
     parts = [box(x, y, width, height, what), text(x + PAD, y + PAD + 13, ROOMS[name][0], 15, bold=True)]
-    if what != "above" and width > 150:
+    if what != "above" and width > 170:
         parts.append(text(x + width - PAD, y + PAD + 12, what, SIZE, QUIET, anchor="end"))
     for row, (line, colour) in enumerate(lines):
         parts.append(text(x + PAD, y + PAD + 20 + LINE * row + 12, line, SIZE, colour))

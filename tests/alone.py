@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-EXTRAS = ("minillm.kernels", "minillm.quantization", "minillm.speculative")
+EXTRAS = ("minillm.kernels", "minillm.quantization", "minillm.speculative", "minillm.chat")
 ABOVE = ("minillm.measure", "minillm.course", "minillm.cli")
 PACKAGES = ("triton", "numba", "matplotlib", "ipywidgets", "typer")
 
