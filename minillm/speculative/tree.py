@@ -1,13 +1,14 @@
 """Check a tree of guesses in one pass: several continuations that share their beginnings.
 
-A chain of guesses is a bet on one continuation: where its first token is wrong, the others were for nothing. A tree
-bets on several (SpecInfer: Miao et al. 2023, arXiv:2305.09781; Medusa, EAGLE). Its nodes are packed behind the cached
-text. Each stands at the position of its *depth* and sees the text, its ancestors and itself. So what the model says at
-a node is what it would say behind the path that leads there, and a tree without forks is a chain.
+A chain of guesses is a bet on one continuation: if its first token is wrong, the others are useless. A tree bets on
+several (SpecInfer: Miao et al. 2023, arXiv:2305.09781; Medusa, EAGLE). Its nodes are packed after the cached text. The
+position of a node is that of its *depth*, and it sees the text, its ancestors and itself. So the logits at a node are
+those after the path that leads to it, and a tree without forks is a chain.
 
-The guesses are certain: the likeliest tokens of a draft model, or what followed earlier. For such guesses nothing must
-be rejected by chance (`minillm.engine.verify`): draw behind the root as if nothing had been guessed, go to the child
-that says the same, and draw there, until there is no such child. Every token is a draw from the target's distribution.
+The guesses here are not drawn: they are the likeliest tokens of a draft model, or what followed earlier. Such guesses
+need no rejection by chance (`minillm.engine.verify`): draw a token after the root as if nothing had been guessed, go to
+the child with this token, and draw there, until there is no such child. So every token is a draw from the target's
+distribution.
 
 Loses: a fork adds rows to every matrix product, and all but one of its branches are thrown away. The engine checks
 chains: n rows of a chain can bring n tokens, attention under the causal rule needs no mask, and what is accepted lies
@@ -32,9 +33,10 @@ from minillm.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Guesses as a tree. Node 0 is its root: the last token that is settled, and not computed yet.
+    """Guesses as a tree. Node 0 is its root: the last token of the text, which is not computed yet.
 
-    tokens[i] is guessed behind node parents[i], which stands before it: parents[i] < i. The root's parent is -1.
+    tokens[i] is a guess of what follows node parents[i], which has a smaller number: parents[i] < i. The root's parent
+    is -1.
     """
 
     tokens: list[int]
@@ -42,7 +44,7 @@ class TokenTree:
 
     @classmethod
     def of(cls, root: int, guesses: Iterable[Sequence[int]]) -> TokenTree:
-        """The continuations in `guesses`; what two of them begin with is there once."""
+        """The tree of the continuations in `guesses`; a beginning that several of them share is in it once."""
         tokens, parents, nodes = [root], [-1], dict[tuple[int, int], int]()
         for guess in guesses:
             node = 0
@@ -56,17 +58,17 @@ class TokenTree:
 
     @cached_property
     def children(self) -> dict[tuple[int, int], int]:
-        """(node, token) -> the node behind it that guesses this token."""
+        """(node, token) -> the child of the node that guesses this token."""
         return {(parent, self.tokens[node]): node for node, parent in enumerate(self.parents)}
 
     @cached_property
     def depths(self) -> Tensor:
-        """Steps from the root to each node, [num_nodes] int64: its position behind the root's."""
+        """Steps from the root to each node, [num_nodes] int64: how many positions after the root it stands."""
         return self.ancestors.sum(-1) - 1
 
     @cached_property
     def ancestors(self) -> Tensor:
-        """[num_nodes, num_nodes] bool: True where the column's node is the row's own, or leads to it."""
+        """[num_nodes, num_nodes] bool: True where the column's node is the row's node or one of its ancestors."""
         seen = torch.eye(len(self.tokens), dtype=torch.bool)
         for node, parent in enumerate(self.parents[1:], 1):
             seen[node] |= seen[parent]
@@ -85,9 +87,9 @@ class TokenTree:
         return mask & (keys > positions[:, None] - sliding_window)
 
     def follow(self, draw: Callable[[int, list[int]], int]) -> tuple[list[int], list[int]]:
-        """The accepted nodes, root first, and the new tokens: what the nodes behind the root say, and one more.
+        """The accepted nodes, root first, and the new tokens: those of the accepted nodes after the root, and one more.
 
-        draw(node, said): a token from the target's distribution behind a node, which these new tokens lead to.
+        draw(node, said): a token from the target's distribution after a node; `said`: the new tokens that lead to it.
         """
         path, said, node = list[int](), list[int](), 0
         while node >= 0:
@@ -101,7 +103,7 @@ class TokenTree:
 def score_tree(model: Decoder, tree: TokenTree, cache: ContiguousCache) -> Tensor:
     """Run all nodes in one step: float32 logits [num_nodes, vocab_size] of what follows each of them.
 
-    Their KV is written behind the cached tokens, and not counted: `cache.keep` the nodes that are accepted.
+    Their KV is written after the cached tokens, and not counted: `cache.keep` the nodes that are accepted.
     """
     mask = tree.visible(cache.num_tokens, model.config.sliding_window).to(model.device)
 
@@ -122,10 +124,10 @@ def verify_tree(
     params: SamplingParams,
     generator: Generator | None = None,
 ) -> list[int]:
-    """The next tokens behind `tokens`, all but the last of which are cached: at least one, at most a guess and one.
+    """The next tokens after `tokens`: at least one, at most the longest guess and one more.
 
-    Distributed, and with the same `generator` drawn, as by `minillm.generate.generate` one by one. Where a text ends
-    is up to the caller.
+    All of `tokens` but the last are cached. With the same `generator` these are the very tokens that
+    `minillm.generate.generate` draws one by one. The caller decides where a text ends.
     """
     tree = TokenTree.of(tokens[-1], guesses)
     logits = score_tree(model, tree, cache)
