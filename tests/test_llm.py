@@ -177,7 +177,8 @@ def test_random_model_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM("random:small", device="cpu", num_blocks=10)
     result = llm.generate([1, 2, 3], GREEDY, progress=False)[0].outputs[0]
     assert result.text == "" and len(result.token_ids) == 12
-    for prompt, params in ((("text"), GREEDY), ([1, 2], replace(GREEDY, stop="a")), ([1], replace(GREEDY, bad_words=["a"]))):
+    wishes = (("text", GREEDY), ([1, 2], replace(GREEDY, stop="a")), ([1], replace(GREEDY, bad_words=["a"])))
+    for prompt, params in wishes:
         with pytest.raises(RequestError, match=r"no tokenizer\. Give token ids"):
             llm.generate(prompt, params)
 
@@ -227,7 +228,7 @@ def test_threads_take_turns(llm: LLM) -> None:
 
 
 def test_prompt_logprobs_do_not_depend_on_chunks_hits_or_company(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against one pass over the prompt; in chunks of three, with a prefix that is cached, preempted, two completions."""
+    """Against one pass over the prompt: in chunks of three, with a cached prefix, preempted, two completions."""
     monkeypatch.setattr("minillm.llm.load_tokenizer", lambda name: byte_tokenizer())
     llm = LLM(folder, device="cpu", dtype="float32", num_blocks=9, block_size=4, max_num_batched_tokens=3, debug=True)
     prompts = ["def f(x)", "def f(y):", "def f(x"]
@@ -272,7 +273,7 @@ def test_a_stop_string_can_stay_and_can_be_too_early(llm: LLM) -> None:
 
 
 def test_a_setting_that_does_not_exist_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="no setting 'max_num_sequences'.*max_num_seqs"):
+    with pytest.raises(ConfigError, match=r"no setting 'max_num_sequences'.*max_num_seqs"):
         LLM("tiny", max_num_sequences=3)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -16,9 +17,12 @@ from typing import Any
 import pytest
 
 import minillm
+from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
 from minillm.errors import RequestError
+from minillm.llm import LLM
 from minillm.sampling import SamplingParams
+from minillm.speculative import NgramProposer
 from minillm.text import OutputProcessor
 from tests.engine.test_fuzz import tiny_model
 from tests.engine.workloads import EOS, VOCAB
@@ -36,10 +40,6 @@ PARAMS = [
 
 def make_llm() -> Any:
     """Preemption, prefix hits, speculation and n = 2, without a tokenizer."""
-    from minillm.config import EngineConfig
-    from minillm.llm import LLM
-    from minillm.speculative import NgramProposer
-
     llm = LLM.__new__(LLM)
     config = EngineConfig(block_size=4, num_blocks=9, max_num_batched_tokens=12, debug=True)
     llm.tokenizer, llm.engine = None, Engine(tiny_model(), config, NgramProposer(min_match=1))
@@ -131,8 +131,8 @@ def test_a_stream_of_another_caller_goes_on_after_an_interrupt() -> None:
         stream = llm.stream(PROMPTS[0], PARAMS[0])
         result = next(stream)
         interrupt(llm, lambda llm: llm.generate(PROMPTS[1:], PARAMS[1:], progress=False), rng.randint(1, 3000))
-        for result in stream:
-            pass
+        for later in stream:
+            result = later
         assert [c.token_ids for c in result.outputs] == alone and result.finished
         check_untouched(llm)
 
@@ -149,8 +149,6 @@ def test_one_request_without_a_distribution_ends_alone() -> None:
     """NaN logits for one request: it ends with an error that says so, its neighbours get their tokens."""
     llm = make_llm()
     process = llm.engine.sampler.rules.process
-    from dataclasses import replace
-
     def broken(logits: Any, params: list[SamplingParams]) -> Any:
         logits = logits.clone()
         for row, one in enumerate(params):

@@ -11,11 +11,11 @@ from functools import cache
 
 import pytest
 import torch
+from minillm.engine.proposer import Proposer
 from torch import Tensor
 
 from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
-from minillm.engine.proposer import Proposer
 from minillm.engine.request import Request
 from minillm.generate import prefill
 from minillm.model.decoder import Decoder

@@ -8,11 +8,11 @@ from itertools import product
 
 import pytest
 import torch
+from minillm.engine.proposer import Draft
 from torch import Tensor
 
 from minillm.attention.reference import visible
 from minillm.cache.contiguous import ContiguousCache
-from minillm.engine.proposer import Draft
 from minillm.engine.verify import verify
 from minillm.generate import extend, generate, prefill
 from minillm.model.decoder import Decoder
