@@ -112,7 +112,9 @@ class SamplingParams:
 
     def with_bad_words(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
         """The same with the token ids of `bad_words`: each word as a text begins with it, and after a space."""
-        texts = [space + word.lstrip() for word in self.bad_words or () for space in ("", " ")]
+        if not self.bad_words:
+            return self
+        texts = [space + word.lstrip() for word in self.bad_words for space in ("", " ")]
         words = {tuple(encode(text)) for text in texts} | {tuple(word) for word in self.bad_words_token_ids or ()}
         return replace(self, bad_words_token_ids=sorted(words - {()}))
 
@@ -247,14 +249,12 @@ def pick(probs: Tensor, u: Tensor) -> Tensor:
     """The tokens that the numbers u [rows] float64 in [0, 1) fall on, in rows of probs [rows, vocab]; int64 [rows].
 
     It is the first token at which the running sum of the probabilities exceeds u; a token without probability never
-    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding. u times the
-    whole sum may round up to it, so the number below it is the most. -1 for a row that is no distribution.
+    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding. -1
+    for a row that is no distribution.
     """
     sums = probs.cumsum(dim=-1, dtype=torch.float64)
-    total = sums[:, -1:].contiguous()
-    reached = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    tokens = torch.searchsorted(sums, reached, right=True)
-    return torch.where(total > 0, tokens, -1)[:, 0]
+    total = sums[:, -1:]
+    return torch.where(total > 0, torch.searchsorted(sums, u[:, None] * total, right=True), -1)[:, 0]
 
 
 def uniform(generator: Generator, device: torch.device) -> Tensor:
