@@ -187,20 +187,21 @@ def probs_from_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tenso
     (arXiv:2407.01082). Each works on the renormalised result of the one before, row by row.
 
     The largest logit is subtracted before the division, so no temperature overflows; logits of +inf share all mass. A
-    row that is no distribution (a logit is NaN, or all are -inf) comes out as NaN, and `pick` and `sample` answer -1.
+    row that is no distribution (a logit is NaN, or all are -inf) comes out with NaN, and `pick` and `sample` answer -1.
     """
     logits = logits.float()
     largest, first = logits.max(dim=-1, keepdim=True)
-    probs = torch.zeros_like(logits).scatter_(-1, first, 1.0)
+    whole = torch.where(largest > -math.inf, 1.0, math.nan)
+    probs = torch.zeros_like(logits).scatter_(-1, first, whole)
     if not all(p.greedy for p in params):
         greedy = torch.tensor([p.greedy for p in params], device=logits.device)
         temperature = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
-        below = (logits - largest).masked_fill_(logits == largest, 0.0)
-        drawn = torch.softmax(below / temperature[:, None], dim=-1)
+        below = (logits - largest).nan_to_num_(0.0, neginf=-math.inf)  # inf - inf is 0 here
+        drawn = torch.softmax(below.div_(temperature[:, None] * whole), dim=-1)
         if any(p.truncates for p in params):
             drawn = _truncate(drawn, logits, params)
         probs = torch.where(greedy[:, None], probs, drawn)
-    return probs.masked_fill_(~(largest > -math.inf), math.nan)
+    return probs
 
 
 def _truncate(probs: Tensor, logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

