@@ -187,7 +187,7 @@ def test_calls_for_each_block_would_be_counted() -> None:
     assert calls_per_step(naming, 8192) > calls_per_step(naming, 64)
 
 
-class Watched(array[int]):
+class Watched(array):
     """A block table that notes how many of its numbers were looked at one by one."""
 
     looked_at = 0
