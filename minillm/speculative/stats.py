@@ -10,7 +10,7 @@ from minillm.engine.trace import StepRecord
 
 @dataclass(frozen=True)
 class SpecDecodingStats:
-    """Counts over all verifications of some steps. One verification checks one draft, several tokens at once."""
+    """Counts over all verifies of some steps. A verify checks one draft of one request: several tokens at once."""
 
     num_drafts: int
     num_draft_tokens: int
@@ -40,7 +40,7 @@ class SpecDecodingStats:
 
     @property
     def acceptance(self) -> float:
-        """α of the formulas: the share of accepted tokens among those that were checked.
+        """α of the formulas: accepted tokens among those that were looked at; none stands after a rejected one.
 
         Tokens after a rejected one are not checked. vLLM has no name for it: its `draft_acceptance_rate` counts all
         tokens that were guessed.
