@@ -76,7 +76,7 @@ class StepRecord:
     requests: tuple[RequestStep, ...]
     admitted: tuple[str, ...]
     preempted: tuple[str, ...]
-    finished: tuple[tuple[str, int], ...]  # (request, completion)
+    finished: tuple[tuple[str, int], ...]  # (request, completion): those that ended since the record before
     num_copies: int
     num_running: int
     num_waiting: int
