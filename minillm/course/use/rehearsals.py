@@ -45,11 +45,10 @@ def _unspoilt(rehearse: Callable[[Any, LLM], str | None]) -> Callable[[Any, LLM]
 
 
 def _sums(model: Decoder) -> dict[str, int]:
-    """A checksum of each weight and buffer."""
-    return {
-        name: crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    }
+    """A checksum of each weight and buffer; some are packed for oneDNN, and have no bytes before they are unpacked."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    plain = {name: tensor.to_dense() if tensor.is_mkldnn else tensor.detach() for name, tensor in named}
+    return {name: crc32(one.cpu().contiguous().flatten().view(torch.uint8).numpy().data) for name, one in plain.items()}
 
 
 def _expected(llm: LLM) -> list[int]:
