@@ -306,7 +306,8 @@ class Engine:
         """Write down the step. `times`: the fields of `StepRecord` that are times."""
         if not self.config.trace_bytes:
             return
-        ended, self._ended = self._ended, []
+        spawned_in_vain = [(r.request_id, r.index) for r in plan.samplers if r.finished]  # its request was aborted
+        ended, self._ended = dict.fromkeys([*self._ended, *spawned_in_vain]), []
         self.trace.append(
             StepRecord(
                 step=next(self._steps),
