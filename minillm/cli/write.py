@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -27,7 +27,8 @@ from minillm.errors import RequestError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from minillm.llm import LLM, Prompt
+    from minillm.course.use import Used
+    from minillm.llm import LLM
     from minillm.outputs import RequestOutput
     from minillm.sampling import SamplingParams
 
@@ -58,14 +59,12 @@ def demo(
 ) -> None:
     """Watch a model write, and see how long each of the two phases took."""
     from minillm.course.figures.timeline import request_timeline
-    from minillm.llm import LLM
     from minillm.sampling import SamplingParams
 
     check_writable(picture)
     use_threads(threads)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, use=use, seed=seed)
-    _show_used(llm)
+    llm = _load(use, model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
     _warm_up(llm, prompt)
     _show(prompt, PROMPT_STYLE)
     texts, request = _stream(llm, prompt, params)
@@ -91,13 +90,11 @@ def generate(
     use: Use = None,
 ) -> None:
     """Continue a prompt. The text goes to stdout, its timing to stderr."""
-    from minillm.llm import LLM
     from minillm.sampling import SamplingParams
 
     use_threads(threads)
     params = SamplingParams(temperature=temperature, top_p=top_p, stop=stop or None, max_tokens=max_tokens, seed=seed)
-    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, use=use, seed=seed)
-    _show_used(llm)
+    llm = _load(use, model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
     _, request = _stream(llm, prompt, params)
     err.print(_timing(request), style="dim")
 
@@ -145,7 +142,7 @@ def _ask() -> str:
         return ""
 
 
-def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> tuple[list[str], RequestOutput]:
+def _stream(llm: LLM, prompt: str | dict[str, list[int]], params: SamplingParams) -> tuple[list[str], RequestOutput]:
     """Print a completion as it grows; returns what each token added to the text, and the finished request."""
     texts = []
     for request in llm.stream(prompt, params):
@@ -163,9 +160,25 @@ def _show(text: str, style: str) -> None:
         out.file.write(text)
 
 
-def _show_used(llm: LLM) -> None:
-    """Show which of a learner's functions run in place of the engine's, and why the others do not."""
-    rows = [(f"{row.exercise} {', '.join(row.tasks)}", row) for row in llm.used]
+def _load(use: Path | None, model: str, *, dtype: str, **settings: Any) -> LLM:
+    """A model that is ready to write, with a learner's functions in their places if there are any: in float32 then.
+
+    In 16 bits two right ways to compute attention may write different tokens.
+    """
+    from minillm.llm import LLM
+
+    if use is None:
+        return LLM(model, dtype=dtype, **settings)
+    from minillm.course.use import plug_in
+
+    llm = LLM(model, dtype="float32" if dtype == "auto" else dtype, cuda_graphs=False, **settings)
+    _show_used(plug_in(llm, use))
+    return llm
+
+
+def _show_used(used: list[Used]) -> None:
+    """Which of a learner's functions are in the engine's place, and which are not and why."""
+    rows = [(f"{row.exercise} {', '.join(row.tasks)}", row) for row in used]
     for title, placed in (("In place of the engine's own", True), ("Left as it is", False)):
         shown = [(name, row.why_not or row.place) for name, row in rows if placed == (row.why_not is None)]
         if shown:
