@@ -51,7 +51,7 @@ def test_scale_shrinks_lengths_and_keeps_beginnings() -> None:
     for one, other in zip(full, small, strict=True):
         assert len(other.prompt) == round(len(one.prompt) / 10) and other.max_tokens == round(one.max_tokens / 10)
         assert one.prompt[: len(other.prompt)] == other.prompt and other.temperature == 0.6
-    assert SampleRequest([1, 2, 3], 4).scaled(0.01) == Request([1], 1)
+    assert SampleRequest([1, 2, 3], 4).scaled(0.01) == SampleRequest([1], 1)
 
 
 @pytest.mark.parametrize("name", ["nano-vllm", "random", "shared-prefix", "sharegpt-like"])
