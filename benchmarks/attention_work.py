@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from minillm.attention import AttentionMetadata, PagedAttention, get_backend
+from minillm.attention import REFERENCE, AttentionMetadata, Backend, choose_backend
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 
@@ -21,6 +21,15 @@ COLD_BYTES = 2**28  # a decode walks through as many layers as hold this many by
 CHECKED = 64  # of a prompt's last queries, against float32: all of them would need the whole score matrix
 SHAPES = {"smollm2-135m": (9, 3, 64), "qwen3-0.6b": (16, 8, 128), "llama-3.1-8b": (32, 8, 128)}  # heads, KV heads, d
 Call = Callable[[], Tensor]
+
+
+def paged_backend(name: str, device: torch.device) -> Backend:
+    """Attention over blocks: "reference" is the definition, "triton" the kernels of a GPU, "auto" this device's own."""
+    if name == "triton":
+        from minillm.kernels.gpu.paged import BACKEND
+
+        return BACKEND
+    return REFERENCE if name == "reference" else choose_backend("auto", device)
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,10 @@ class Prompt:
         if name == "triton":
             n, device = len(self.q), self.q.device
             pools = [x.unflatten(1, (-1, BLOCK_SIZE)) for x in (self.k, self.v)]
-            layout = AttentionMetadata.build([range(n // BLOCK_SIZE)], [n], [n], block_size=BLOCK_SIZE, device=device)
-            return partial(get_backend("triton", device), self.q, *pools, layout, scale=scale)
+            table = range(n // BLOCK_SIZE)
+            metadata = AttentionMetadata.build([table], [n], [n], block_size=BLOCK_SIZE, device=device)
+            backend = paged_backend(name, device)
+            return partial(backend.attend, self.q, *pools, backend.prepare(metadata, pools[0]), scale=scale)
         return partial(self._sdpa, {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}.get(name))
 
     def _sdpa(self, backend: SDPBackend | None) -> Tensor:
@@ -79,7 +90,7 @@ class Decodes:
 
     q: Tensor  # [batch, heads, d]
     layers: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # k, v, k_pool, v_pool
-    layout: AttentionMetadata
+    metadata: AttentionMetadata
 
     @classmethod
     def random(
@@ -102,8 +113,9 @@ class Decodes:
             rows = pools.index_select(2, order).view(2, kv_heads, batch, context, d).transpose(1, 2).contiguous()
             layers.append((*rows, *pools))
         tables = order.view(batch, count).tolist()
-        layout = AttentionMetadata.build(tables, [1] * batch, [context] * batch, block_size=BLOCK_SIZE, device=device)
-        return cls(torch.randn(batch, heads, d, dtype=dtype, device=device), layers, layout)
+        lengths = [1] * batch, [context] * batch
+        metadata = AttentionMetadata.build(tables, *lengths, block_size=BLOCK_SIZE, device=device)
+        return cls(torch.randn(batch, heads, d, dtype=dtype, device=device), layers, metadata)
 
     @property
     def bytes(self) -> int:
@@ -112,7 +124,7 @@ class Decodes:
 
     def call(self, name: str) -> Call:
         """All layers by the candidate `name`; returns the output of the last."""
-        attend = self._contiguous if name == "contiguous" else partial(self._paged, get_backend(name, self.q.device))
+        attend = self._contiguous if name == "contiguous" else self._paged(paged_backend(name, self.q.device))
 
         def run() -> Tensor:
             for layer in self.layers:
@@ -126,8 +138,14 @@ class Decodes:
         rows = self.q.view(len(k), k.shape[1], -1, k.shape[3])
         return scaled_dot_product_attention(rows, k, v).view_as(self.q)
 
-    def _paged(self, backend: PagedAttention, _k: Tensor, _v: Tensor, k_pool: Tensor, v_pool: Tensor) -> Tensor:
-        return backend(self.q, k_pool, v_pool, self.layout, scale=self.q.shape[2] ** -0.5)
+    def _paged(self, backend: Backend) -> Callable[..., Tensor]:
+        """One layer through the block tables; what all layers share is prepared before the clock runs, as in a step."""
+        metadata, scale = backend.prepare(self.metadata, self.layers[0][2]), self.q.shape[2] ** -0.5
+
+        def attend(_k: Tensor, _v: Tensor, k_pool: Tensor, v_pool: Tensor) -> Tensor:
+            return backend.attend(self.q, k_pool, v_pool, metadata, scale=scale)
+
+        return attend
 
     def error(self, out: Tensor) -> float:
         """Largest difference from float32, over all sequences of the last layer."""

@@ -38,13 +38,15 @@ class Subject:
     hardware: Hardware
 
     @classmethod
-    def load(cls, name: str, *, device: str, dtype: str, seed: int, threads: int | None) -> Subject:
+    def load(
+        cls, name: str, *, device: str, dtype: str, seed: int, threads: int | None, kernels: str = "auto"
+    ) -> Subject:
         """Load the model and measure the machine, with a line on the terminal."""
         from minillm.measure.hardware import measure_hardware
         from minillm.model.loader import load_model
 
         use_threads(threads)
-        model = load_model(name, device=device, dtype=dtype, seed=seed)
+        model = load_model(name, device=device, dtype=dtype, seed=seed, kernels=kernels)
         with err.status("Measuring the machine …"):
             return cls(name, model, measure_hardware(str(model.device)))
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from minillm.cli.console import Device, Dtype, KvFormat, Model, Seed, Threads, err, facts, number, out
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, facts, number, out
 from minillm.cli.report import Against, JsonFile, Subject, check_file, check_rival, lengths, spread
+from minillm.cli.settings import engine_options
+from minillm.config import EngineConfig
 
 if TYPE_CHECKING:
-    from minillm.config import EngineConfig
     from minillm.engine.engine import Engine
     from minillm.measure.bench_serve import ServeRun
     from minillm.measure.bench_throughput import Throughput
@@ -31,13 +34,11 @@ Convention = Annotated[str, typer.Option(help="Whose ranges and arrivals: vllm o
 PrefixLen = Annotated[int, typer.Option(help="Tokens of a system prompt: shared-prefix.")]
 NumGroups = Annotated[int, typer.Option(help="Different system prompts: shared-prefix.")]
 Scale = Annotated[float, typer.Option(help="Multiplies all lengths, to shrink a workload.")]
-Policy = Annotated[str, typer.Option(help="mixed, prefill_first or static.")]
-MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that run at the same time.")]
-Budget = Annotated[int, typer.Option("--max-num-batched-tokens", help="Tokens per step.")]
-PrefixCaching = Annotated[bool, typer.Option(help="Reuse the KV of common beginnings.")]
-CacheGib = Annotated[float | None, typer.Option(help="KV cache in GiB; by default what the engine chooses.")]
+WHOLE = 2**30  # bytes of trace: all steps of any load that one waits for
+SIZES = ("max_num_batched_tokens", "max_num_seqs", "cache_bytes", "kv_format", "kernels")
 
 
+@engine_options("policy", "enable_prefix_caching", *SIZES)
 def serve(
     model: Model = "tiny",
     workload: WorkloadName = "random",
@@ -54,24 +55,22 @@ def serve(
     max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests in the engine at most.")] = None,
     goodput: Annotated[str, typer.Option(help="Limits in ms, such as 'ttft:500 tpot:30'.")] = "",
     percentiles: Annotated[str, typer.Option(help="Percentiles of every latency.", metavar="P,P,…")] = "99",
-    policy: Policy = "mixed",
-    max_num_batched_tokens: Budget = 512,
-    max_num_seqs: MaxNumSeqs = 64,
-    prefix_caching: PrefixCaching = True,
-    cache_gib: CacheGib = None,
-    kv_format: KvFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
     detailed: Annotated[bool, typer.Option("--detailed", help="Each request's times, in the file.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Also write every step; .json for ui.perfetto.dev.")] = None,
     json_file: JsonFile = None,
+    **settings: Any,
 ) -> None:
     """Send requests when they are due; latency and throughput in vLLM's names."""
+    from minillm.measure.export import write_chrome, write_jsonl
     from minillm.measure.summary import engine_summary, parse_goodput, summarize
     from minillm.measure.workloads import Workload
 
     check_file(json_file)
+    check_file(trace)
     limits, wanted = parse_goodput(goodput.split()), lengths("--percentiles", percentiles)
     load = Workload(
         name=workload,
@@ -87,8 +86,8 @@ def serve(
         burstiness=burstiness,
         seed=seed,
     )
-    config = _engine_config(policy, max_num_batched_tokens, max_num_seqs, prefix_caching, cache_gib, kv_format, seed)
-    subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
+    config = EngineConfig(seed=seed, trace_bytes=WHOLE if trace else EngineConfig.trace_bytes, **settings)
+    subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads, kernels=config.kernels)
     engine, run = _serve(subject, config, load, max_concurrency)
     result = summarize(run, goodput=limits, percentiles=wanted, detailed=detailed)
     result |= engine_summary(run) | {"kv_bytes_per_token": engine.runner.cache.bytes_per_token}
@@ -97,29 +96,12 @@ def serve(
     header = {"endpoint_type": "in-process", "backend": "minillm", "label": None, "tokenizer_id": None}
     setting = {"max_concurrency": max_concurrency, "goodput": limits, "engine": asdict(config), **load.to_json()}
     subject.write(json_file, "serve", header | setting, result)
-
-
-def _engine_config(
-    policy: str,
-    budget: int,
-    max_num_seqs: int,
-    prefix_caching: bool,
-    cache_gib: float | None,
-    kv_format: str,
-    seed: int,
-) -> EngineConfig:
-    from minillm.config import EngineConfig
-
-    return EngineConfig(
-        kv_format=kv_format,
-        policy=policy,
-        max_num_batched_tokens=budget,
-        max_num_seqs=max_num_seqs,
-        enable_prefix_caching=prefix_caching,
-        cache_bytes=None if cache_gib is None else int(cache_gib * 2**30),
-        trace_steps=1,  # the client reads each record as it comes
-        seed=seed,
-    )
+    if trace is not None:
+        write = write_jsonl if trace.suffix == ".jsonl" else write_chrome
+        write(engine.trace, trace)
+        out.print(
+            f"Trace of {len(engine.trace)} of {len(run.steps)} steps:", Text(str(trace.resolve())), soft_wrap=True
+        )
 
 
 def _serve(
@@ -190,6 +172,7 @@ def _latency_table(result: dict[str, Any], percentiles: Sequence[int]) -> Table:
     return table
 
 
+@engine_options(*SIZES)
 def throughput(
     model: Model = "random:smollm2-135m",
     against: Against = "",
@@ -200,15 +183,12 @@ def throughput(
     range_ratio: RangeRatio = 0.0,
     scale: Scale = 1.0,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each, all take a turn.")] = 1,
-    max_num_batched_tokens: Budget = 512,
-    max_num_seqs: MaxNumSeqs = 64,
-    cache_gib: CacheGib = None,
-    kv_format: KvFormat = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
+    **settings: Any,
 ) -> None:
     """Tokens per second when all requests are there at once, by default 16 of 512 + 128 tokens."""
     from minillm.engine.engine import Engine
@@ -226,11 +206,11 @@ def throughput(
         scale=scale,
         seed=seed,
     )
-    config = _engine_config("mixed", max_num_batched_tokens, max_num_seqs, True, cache_gib, kv_format, seed)
-    subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
+    config = EngineConfig(seed=seed, **settings)
+    subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads, kernels=config.kernels)
     requests = load.requests(subject.model.config.vocab_size)
     with err.status("Preparing …") as status:
-        sizes = {"batch_size": max_num_seqs, "max_tokens": max_num_batched_tokens}
+        sizes = {"batch_size": config.max_num_seqs, "max_tokens": config.max_num_batched_tokens}
         rivals = transformers_servers(subject.model, **sizes) if against else {}
         engine = Engine(subject.model, config)
         result = bench_throughput(

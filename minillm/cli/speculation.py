@@ -75,14 +75,14 @@ def spec(
     serve = partial(bench_spec, num_drafts=counts, max_tokens=tokens, temperature=temperature, repeats=repeats)
     cases: list[Case] = []
     with err.status("Preparing …") as status:
+        beginnings = {text: bench_prompts(tokenizer, text, max(prompts, *sizes), prompt) for text in _names(texts)}
         for name, rule in product(_names(proposers), (False, True) if adaptive else (False,)):
-            config = EngineConfig(max_num_seqs=max(sizes), adaptive_drafts=rule, seed=seed)
+            config = EngineConfig(max_num_seqs=max(sizes), adaptive_drafts=rule, seed=seed, trace_bytes=2**30)
             engine = Engine(subject.model, config)
             attach(name, engine, tokenizer, device=device, dtype=dtype, seed=seed)
-            for text, batch in product(_names(texts), sizes):
+            for text, batch in product(beginnings, sizes):
                 status.update(f"{name} on {text} text, batch {batch} …")
-                beginnings = bench_prompts(tokenizer, text, max(prompts, *sizes), prompt)
-                cases += [Case(name, text, rule, row) for row in serve(engine, beginnings, batch=batch)]
+                cases += [Case(name, text, rule, row) for row in serve(engine, beginnings[text], batch=batch)]
     subject.print_title()
     _print(cases, subject, counts, repeats)
     setting = {"prompts": prompts, "prompt": prompt, "tokens": tokens, "temperature": temperature, "seed": seed}

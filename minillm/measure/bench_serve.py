@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -95,12 +95,17 @@ class Client:
     """
 
     def __init__(
-        self, engine: Engine, requests: Sequence[SampleRequest], due: Sequence[float], slots: int, salt: Hashable
+        self,
+        engine: Engine,
+        requests: Sequence[SampleRequest],
+        due: Sequence[float],
+        slots: int,
+        cache_salt: str | None,
     ) -> None:
         start = time.perf_counter()
         times = [start + seconds for seconds in due]
         served = [Served(r, time, RequestMetrics(time, [[]])) for r, time in zip(requests, times, strict=True)]
-        self.engine, self.salt = engine, salt
+        self.engine, self.cache_salt = engine, cache_salt
         self.run = ServeRun(served, start, start)
         self.queue = deque(sorted(served, key=lambda one: one.due))
         self.live: dict[str, Served] = {}
@@ -113,10 +118,10 @@ class Client:
             self._send(self.queue.popleft())
 
     def _send(self, served: Served) -> None:
-        request = served.request
+        prompt, params = served.request.prompt, served.request.params
         served.metrics.arrival_time = arrival = max(served.due, self.slots[0])
         try:
-            request_id = self.engine.add(request.prompt, request.params, salt=self.salt, arrival_time=arrival)
+            request_id = self.engine.add(prompt, params, cache_salt=self.cache_salt, arrival_time=arrival)
         except RequestError as error:
             served.error = str(error)
         else:
@@ -132,6 +137,8 @@ class Client:
         start = time.perf_counter()
         events = self.engine.step()
         self.run.end = time.perf_counter()
+        if not self.engine.trace:
+            raise ConfigError(f"trace_bytes={self.engine.trace.max_bytes} hold no record of this step. Choose more.")
         self.run.steps.append(StepCost.of(self.engine.trace[-1], self.run.end - start))
         for event in events:
             self._take(event)
@@ -154,25 +161,24 @@ def serve(
     due: Sequence[float] | None = None,
     *,
     max_concurrency: int | None = None,
-    salt: Hashable = None,
+    cache_salt: str | None = None,
     progress: Callable[[int], object] = lambda finished: None,
 ) -> ServeRun:
     """Serve a load to its end. `due`: seconds after the start at which each request comes; None is all at once.
 
-    max_concurrency: how many are in the engine at most. The next one starts when it is due *and* another has ended (a
-    closed loop, if all are due at once). A request that the engine refuses is noted as failed. Loads with different
-    `salt` share no KV: repeat a load with another salt, or the prefix cache answers it. `progress` is called after each
-    step with the number of requests that are finished.
-    Raises `ConfigError` if the two lists differ in length, `max_concurrency` is below 1, or the engine keeps no trace.
+    max_concurrency: how many are in the engine at most. The next one starts when its time has come *and* another has
+    ended (a closed loop, if all are due at once). A request that the engine refuses is noted as failed. Loads of
+    different `cache_salt` share no KV: repeat a load under another one, or the prefix cache serves it. `progress` is
+    called after each step with the number of requests that are finished.
+    Raises `ConfigError` if the two lists differ in length, `max_concurrency` is below 1, or the engine's trace does not
+    hold one step.
     """
     due = [0.0] * len(requests) if due is None else due
     if len(requests) != len(due):
         raise ConfigError(f"{len(requests)} requests, but {len(due)} times. Give one time for each request.")
     if max_concurrency is not None and max_concurrency < 1:
         raise ConfigError(f"max_concurrency={max_concurrency}: at least 1, or None for no limit.")
-    if engine.trace.maxlen == 0:
-        raise ConfigError("trace_steps=0 keeps no record of a step to read. Choose at least 1.")
-    client = Client(engine, requests, due, max_concurrency or len(requests), salt)
+    client = Client(engine, requests, due, max_concurrency or len(requests), cache_salt)
     while client.queue or client.live:
         client.send_due()
         if client.live:
@@ -186,10 +192,10 @@ def serve(
 def warm_up(engine: Engine, requests: Sequence[SampleRequest], count: int = 2) -> None:
     """Serve short beginnings of the first requests, because first calls compile, capture and allocate.
 
-    No later request can reuse their KV: they have a salt of their own.
+    Their KV stays behind, in blocks that no later request matches: a `cache_salt` keeps them apart.
     """
     for request in requests[:count]:
-        engine.add(request.prompt[:64], SampleRequest([], min(8, request.max_tokens)).params, salt="warm-up")
-    while engine.has_unfinished:
-        engine.step()
+        engine.add(request.prompt[:64], SampleRequest([], min(8, request.max_tokens)).params, cache_salt="warm-up")
+    for _ in engine.run():
+        pass
     engine.trace.clear()

@@ -125,7 +125,7 @@ def bench_spec(
     """Serve the prompts, `batch` at once, without guesses and with each number of them, in turns; one row per number.
 
     The prompts' KV is in the prefix cache after the first round, which does not count: what is timed is decoding.
-    Raises `ConfigError` if the engine has no proposer, or for a number below 1.
+    Raises `ConfigError` if nobody guesses for the engine, for a number below 1, or if its trace does not hold a round.
     """
     if engine.proposer is None or batch < 1 or not num_drafts or min(num_drafts) < 1:
         raise ConfigError(
@@ -150,12 +150,14 @@ def _serve(
 ) -> None:
     """Serve one group of prompts after the other with `count` guesses; keep the records of the last round only."""
     engine.trace.clear()
+    names: list[str] = []
     for group in groups:
-        for prompt in group:
-            engine.add(prompt, params, num_speculative_tokens=count)
-        while engine.has_unfinished:
-            engine.step()
+        names += [engine.add(prompt, params, num_speculative_tokens=count) for prompt in group]
+        for _ in engine.run():
+            pass
     records[count] = list(engine.trace)
+    if not engine.trace or names[0] not in engine.trace[0].admitted:
+        raise ConfigError(f"trace_bytes={engine.trace.max_bytes} do not hold all steps of a round. Choose more.")
 
 
 def _row(

@@ -115,7 +115,7 @@ class StallBench:
                 max_num_seqs=len(self.running) + 1,
                 num_blocks=num_blocks,
                 block_size=block_size,
-                trace_steps=0,
+                trace_bytes=0,
             ),
         )
 
@@ -138,7 +138,7 @@ class StallBench:
         for number in range(repeats + 1):
             for row, engine in zip(self.rows, self.engines, strict=True):
                 progress(f"{row.policy} {row.budget}, {f'round {number} of {repeats}' if number else 'warm-up'}")
-                arrival = arrive(engine, self.running, self.newcomer, self.max_tokens, salt=number)
+                arrival = arrive(engine, self.running, self.newcomer, self.max_tokens, cache_salt=str(number))
                 row.arrivals.extend([arrival] if number else [])
         return self.rows
 
@@ -161,11 +161,11 @@ def _longest_run(config: ModelConfig, budget: int, running: int, context: int, p
 
 
 def arrive(
-    engine: Engine, running: Sequence[list[int]], newcomer: list[int], max_tokens: int, *, salt: int = 0
+    engine: Engine, running: Sequence[list[int]], newcomer: list[int], max_tokens: int, *, cache_salt: str | None = None
 ) -> Arrival:
     """Start the running requests, decode a few tokens, add the newcomer, and decode a few tokens more.
 
-    The newcomer arrives between two steps. `salt`: choose another each time, or its prompt is in the prefix cache.
+    The newcomer comes between two steps. `cache_salt`: choose another each time, or its prompt is in the prefix cache.
     """
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     tokens: dict[str, list[float]] = defaultdict(list)  # times by request
@@ -181,7 +181,7 @@ def arrive(
     for times in tokens.values():
         del times[:-before]
     arrival = time.perf_counter()
-    new = engine.add(newcomer, params, salt=salt, arrival_time=arrival)
+    new = engine.add(newcomer, params, cache_salt=cache_salt, arrival_time=arrival)
     step_until([new], 1 + TAIL_STEPS)
     for request_id in [*ids, new]:
         engine.abort(request_id)

@@ -37,7 +37,7 @@ class Server(Protocol):
 
 
 class MinillmServer:
-    """This project's engine. Each run has a salt of its own, so that no run reuses the KV of another."""
+    """This project's engine. Each run has a `cache_salt` of its own, so that none is served from the KV of another."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -45,7 +45,7 @@ class MinillmServer:
         self._salts = count()
 
     def run(self, requests: Sequence[SampleRequest]) -> None:
-        run = serve(self.engine, requests, salt=next(self._salts))
+        run = serve(self.engine, requests, cache_salt=str(next(self._salts)))
         if errors := [served.error for served in run.served if served.error]:
             raise RequestError(errors[0])
         self.runs.append(run)

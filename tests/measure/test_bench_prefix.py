@@ -18,7 +18,7 @@ from tests.families import random_model
 
 
 def engine(**settings: object) -> Engine:
-    return Engine(random_model(), EngineConfig(**({"num_blocks": 200, "block_size": 8, "trace_steps": 50} | settings)))  # type: ignore[arg-type]
+    return Engine(random_model(), EngineConfig(**({"num_blocks": 200, "block_size": 8} | settings)))  # type: ignore[arg-type]
 
 
 def test_the_cache_finds_what_was_shared() -> None:

@@ -42,10 +42,10 @@ class OneSecondEngine:
         self.live: dict[str, Any] = {}
         self.added: list[tuple[float, float]] = []  # (clock, arrival_time)
         self.most = 0
-        record = dict(schedule_time=0.1, pack_time=0.1, run_time=0.5, commit_time=0.1, sequences=(), num_tokens=1)
+        record = dict(schedule_time=0.1, pack_time=0.1, run_time=0.5, commit_time=0.1, requests=(), num_tokens=1)
         self.trace = deque([SimpleNamespace(**record)], maxlen=1)
 
-    def add(self, prompt: list[int], params: SamplingParams, *, salt: object, arrival_time: float) -> str:
+    def add(self, prompt: list[int], params: SamplingParams, *, cache_salt: str | None, arrival_time: float) -> str:
         if len(prompt) > 9:
             raise RequestError("too long")
         name = str(len(self.added))
@@ -60,11 +60,11 @@ class OneSecondEngine:
         assert self.live, "the client never steps an idle engine"
         self.clock.now += 1
         events = []
-        for name, sequence in list(self.live.items()):
-            sequence.first_scheduled_time = sequence.first_scheduled_time or self.clock.now - 1
-            sequence.left -= 1
-            reason = None if sequence.left else "length"
-            events.append(SimpleNamespace(sequence=sequence, token_ids=[7], time=self.clock.now, finish_reason=reason))
+        for name, request in list(self.live.items()):
+            request.first_scheduled_time = request.first_scheduled_time or self.clock.now - 1
+            request.left -= 1
+            reason = None if request.left else "length"
+            events.append(SimpleNamespace(request=request, token_ids=[7], time=self.clock.now, finish_reason=reason))
             if reason:
                 del self.live[name]
         return events
@@ -188,16 +188,17 @@ def test_a_real_engine_serves_every_token() -> None:
     assert figures["prefix_hit_rate"] == sum(hits) / sum(len(request.prompt) for request in requests)
 
 
-def test_an_engine_without_a_trace_is_refused() -> None:
-    with pytest.raises(ConfigError, match="trace_steps=0"):
-        serve(Engine(random_model(), EngineConfig(num_blocks=8, trace_steps=0)), [SampleRequest([1], 1)])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_trace_that_holds_no_step_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"trace_bytes={size} "):
+        serve(Engine(random_model(), EngineConfig(num_blocks=8, trace_bytes=size)), [SampleRequest([1], 1)])
 
 
 def test_another_salt_is_another_load() -> None:
     model = random_model()
     engine = Engine(model, EngineConfig(num_blocks=64))
     prompt = random.Random(0).choices(range(model.config.vocab_size), k=48)
-    hits = [serve(engine, [SampleRequest(prompt, 2)], salt=salt).served[0].num_cached for salt in (1, 1, 2)]
+    hits = [serve(engine, [SampleRequest(prompt, 2)], cache_salt=salt).served[0].num_cached for salt in "112"]
     assert hits == [0, 47, 0]
 
 

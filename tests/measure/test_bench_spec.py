@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from minillm.config import EngineConfig
@@ -72,17 +74,18 @@ def test_no_guess_in_the_plain_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(engine.trace) == len(seen[2]), "the last run is the one that is reported"
 
 
-def test_prompts_come_from_held_out_text() -> None:
+def test_prompts_come_from_held_out_text(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer("tiny")
     assert tokenizer is not None
     plain, repeated = (bench_prompts(tokenizer, text, 3, 200) for text in module.TEXTS)
     assert [len(ids) for ids in plain + repeated] == [200] * 6
     for ids, again in zip(plain, repeated, strict=True):
         assert again[: module.PASSAGE] == ids[-module.PASSAGE :] == again[module.PASSAGE : 2 * module.PASSAGE]
-    with pytest.raises(ConfigError, match="held-out files have"):
-        bench_prompts(tokenizer, "held-out", 3, 10**7)
     with pytest.raises(ConfigError, match="'prose' is unknown"):
         bench_prompts(tokenizer, "prose", 3, 200)
+    monkeypatch.setattr(module, "held_out_texts", lambda: ["x = 1\n" * 90, "y\n", "z = 2\n" * 90])
+    with pytest.raises(ConfigError, match="2 held-out files have 50 tokens"):
+        bench_prompts(tokenizer, "held-out", 3, 50)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
@@ -90,6 +93,9 @@ def test_what_cannot_be_measured_is_refused() -> None:
         bench_spec(Engine(tiny_model(), CONFIG), PROMPTS, batch=1, num_drafts=[2])
     with pytest.raises(ConfigError, match="choose numbers of at least 1"):
         bench_spec(Engine(tiny_model(), CONFIG, NgramProposer()), PROMPTS, batch=1, num_drafts=[0])
+    small = replace(CONFIG, trace_bytes=3000)
+    with pytest.raises(ConfigError, match="trace_bytes=3000 do not hold all steps"):
+        bench_spec(Engine(tiny_model(), small, NgramProposer()), PROMPTS, batch=1, num_drafts=[2], max_tokens=5)
 
 
 def test_the_crossover_falls_with_the_number_of_guesses() -> None:
