@@ -17,7 +17,7 @@ import torch
 
 import minillm.llm
 from minillm import LLM, SamplingParams
-from minillm.cli import console, main
+from minillm.cli import main, screen
 from minillm.cli.console import number, quantity
 from minillm.course.training.bpe import save_tokenizer, train_tokenizer
 from minillm.course.training.train import History, TrainConfig
@@ -61,7 +61,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.setattr(hardware, "_measure", lambda machine, device: replace(HARDWARE, machine=machine))
     monkeypatch.setattr(hardware, "MATMUL_SIZES", (32,))
     monkeypatch.setattr("minillm.measure.bench_latency.read_buffer", lambda machine, device: _small_buffer())
-    console.out.width = console.err.width = 80
+    screen.out.width = screen.err.width = 80
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

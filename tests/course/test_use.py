@@ -216,7 +216,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "an error on import": ("ex06_flash_attention.py", b"import torch\n\n1 / 0\n", "Line 3: ZeroDivisionError"),
     "a missing package": ("ex06_flash_attention.py", b"import no_such_package\n", "package no_such_package"),
     "another name": ("attention.py", b"", "no exercise: its name should be"),
-    "an exercise without a place": ("ex08_batching.py", b"", "it has no place in the engine"),
+    "an exercise without a place": ("ex08_batching.py", b"x = 1\n", "it has no place in the engine"),
 }
 
 

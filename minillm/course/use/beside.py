@@ -55,12 +55,12 @@ class Beside:
         self.calls += 1
         try:
             return self.theirs(*args)
-        except LearnerError:
-            raise  # of another function, that this one goes through
-        except Exception as error:
+        except (LearnerError, KeyboardInterrupt):
+            raise  # of another function, that this one goes through; or from the keyboard
+        except BaseException as error:  # SystemExit, too
             self._explain(error, args)
 
-    def _explain(self, error: Exception, args: tuple[Any, ...]) -> NoReturn:
+    def _explain(self, error: BaseException, args: tuple[Any, ...]) -> NoReturn:
         at = traceback.extract_tb(error.__traceback__)[-1]
         missing = _unwritten(error)
         if missing is not None:
