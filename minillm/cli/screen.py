@@ -63,7 +63,12 @@ class Screen(Console):
 
     def _needed(self, table: Table, options: ConsoleOptions) -> int:
         """Columns below which numbers would lose digits. A terminal that is narrower wraps such lines itself."""
-        return Measurement.get(self, options.update(width=ANY_WIDTH), table).minimum
+        wide = options.update(width=ANY_WIDTH)
+        for column in table.columns:
+            if column.no_wrap:
+                cells = (column.header, *column.cells)
+                column.min_width = max(Measurement.get(self, wide, cell).maximum for cell in cells)
+        return Measurement.get(self, wide, table).minimum
 
     def print(self, *objects: Any, **settings: Any) -> None:
         """Print, and crop nothing."""
