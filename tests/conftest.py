@@ -20,3 +20,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="random workloads for the engine, over all policies",
     )
     parser.addoption("--submissions", type=int, default=8, help="size of the class that the grader's test grades")
+    parser.addoption("--damages", type=int, default=300, help="learners' files that are damaged at random")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -170,6 +171,23 @@ def test_chat_remembers_the_conversation(
     assert prompts[0] == "system: be kind\nuser: hello\nassistant:"
     assert prompts[1].startswith(prompts[0]) and prompts[1].endswith("\nuser: again\nassistant:")
     assert capsys.readouterr().err.count("3 new") == 2
+
+
+def test_a_refusal_within_a_dialogue_is_an_answer(
+    chatty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions that fit and questions that do not, in any order: each gets an answer or a reason, and none ends it."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    lines = [rng.choice(["hello", "x" * 700, "/forget", "/new"]) for _ in range(8)]
+    lines += ["x" * 200] * 3 + ["/forget", "/forget", "hi", "/new", "\udcff \x1b[31m", "hello"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert run("chat", "--model", chatty, "--system", "be kind", "--max-tokens", "3", "--temperature", "0") == 0
+    told = capsys.readouterr().err
+    asked = sum(not line.startswith("/") for line in lines)
+    assert told.count("3 new") + told.count("This question was not kept.") == asked, f"{seed=}"
+    assert told.count("earlier questions.") == len(lines) - asked
+    assert "The model now sees 0 earlier questions." in told and f"{POSITIONS}" in told and "3 new" in told
 
 
 def test_doctor_shows_the_ceilings(capsys: pytest.CaptureFixture[str]) -> None:
