@@ -8,21 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from minillm.cli.console import (
-    Device,
-    Dtype,
-    Model,
-    Seed,
-    Threads,
-    err,
-    number,
-    out,
-    quantity,
-    use_threads,
-)
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, number, quantity, use_threads
 from minillm.cli.report import Against, JsonFile, check_file, check_rival, lengths, spread, write_report
+from minillm.cli.screen import err, out, plain
 
 if TYPE_CHECKING:
     from minillm.measure.bench_latency import LatencyRow
@@ -68,7 +57,7 @@ def _measure(
     from minillm.measure.hardware import measure_hardware
 
     rows: list[LatencyRow] = []
-    with err.status("Measuring the machine …") as status:
+    with err.waiting("Measuring the machine …") as status:
         hardware = measure_hardware(str(model.device))
         status.update(f"Preparing {against or 'the run'} …")
         rivals = {against: TransformersSubject(model.config, model.device, model.dtype)} if against else {}
@@ -80,7 +69,7 @@ def _measure(
 
 
 def _print(rows: Sequence[LatencyRow], subject: str, repeats: int) -> None:
-    out.print(Text(subject, style="bold"))
+    out.print(plain(subject, style="bold"))
     for phase, title in (("prefill", "Prefill: TTFT by prompt length, ms"), ("decode", "Decode: TPOT by context, ms")):
         if selected := [row for row in rows if row.phase == phase]:
             out.print(_table(title, selected))

@@ -6,23 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
-from minillm.cli.console import (
-    Device,
-    Dtype,
-    KvFormat,
-    Model,
-    Seed,
-    Threads,
-    check_writable,
-    err,
-    facts,
-    out,
-    quantity,
-    use_threads,
-)
-from minillm.errors import RequestError
+from minillm.cli.console import Device, Dtype, KvFormat, Model, Seed, Threads, facts, quantity, use_threads
+from minillm.cli.screen import PICTURES, check_destination, err, out, plain
+from minillm.errors import MinillmError, RequestError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,6 +28,8 @@ Use = Annotated[
 TopP = Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability mass.")]
 
 DEMO_PROMPT = "def fibonacci(n):\n"
+FORGETTING = {"/new": 1 << 30, "/forget": 2}  # messages that are dropped
+WAY_ON = "This question was not kept. /forget drops the oldest question and its answer, /new begins anew."
 PROMPT_STYLE, TOKEN_STYLE = "bold #3f90da", "#ffa90e"  # prefill is blue and decode amber, here as in every figure
 
 
@@ -61,7 +50,7 @@ def demo(
     from minillm.course.figures.timeline import request_timeline
     from minillm.sampling import SamplingParams
 
-    check_writable(picture)
+    picture = check_destination(picture, endings=PICTURES)
     use_threads(threads)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
     llm = _load(use, model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
@@ -72,7 +61,7 @@ def demo(
     out.print(_measured(llm, request))
     prompt_tokens = len(request.prompt_token_ids)
     request_timeline(request.metrics, prompt_tokens=prompt_tokens, texts=texts).savefig(picture)
-    out.print("Timeline:", Text(str(picture.resolve())), soft_wrap=True)
+    out.print("Timeline:", plain(str(picture.resolve())), soft_wrap=True)
 
 
 def generate(
@@ -111,7 +100,10 @@ def chat(
     kv_format: KvFormat = "auto",
     threads: Threads = None,
 ) -> None:
-    """Talk with a model that was taught to answer. An empty line or Ctrl-D ends the conversation."""
+    """Talk with a model that was taught to answer. /new begins anew, /forget drops the oldest question and its answer.
+
+    An empty line or Ctrl-D ends the conversation.
+    """
     from minillm.llm import LLM
     from minillm.model.tokenizer import load_tokenizer
     from minillm.sampling import SamplingParams
@@ -126,18 +118,26 @@ def chat(
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop_token_ids=tokenizer.eos_token_ids
     )
     llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
+    first = len(messages)  # of the dialogue; the instructions stay
     while question := _ask():
-        messages.append({"role": "user", "content": question})
-        prompt = {"prompt_token_ids": tokenizer.apply_chat_template(messages)}
-        _, request = _stream(llm, prompt, params)
-        messages.append({"role": "assistant", "content": request.outputs[0].text})
+        if question in FORGETTING:
+            del messages[first : first + FORGETTING[question]]
+            err.print(f"The model now sees {(len(messages) - first) // 2} earlier questions.", style="dim")
+            continue
+        asked = [*messages, {"role": "user", "content": question}]
+        try:
+            _, request = _stream(llm, {"prompt_token_ids": tokenizer.apply_chat_template(asked)}, params)
+        except MinillmError as error:  # such as a context that is full: the next question may be served
+            err.print(plain(f"{error}\n{WAY_ON}", "red"))
+            continue
+        messages = [*asked, {"role": "assistant", "content": request.outputs[0].text}]
         err.print(_timing(request), style="dim")
 
 
 def _ask() -> str:
     """The next line of the user; empty at the end of the input."""
     try:
-        return out.input("[bold]> [/]").strip()
+        return out.ask("> ").strip()
     except EOFError:
         return ""
 
@@ -155,9 +155,9 @@ def _stream(llm: LLM, prompt: str | dict[str, list[int]], params: SamplingParams
 def _show(text: str, style: str) -> None:
     """Print text of a model or a user: on a terminal with colour and without control characters, in a pipe as it is."""
     if out.is_terminal:
-        out.print(Text(text, style=style), end="", soft_wrap=True)
+        out.print(plain(text, style=style), end="", soft_wrap=True)
     else:
-        out.file.write(text)
+        out.write(text)
 
 
 def _load(use: Path | None, model: str, *, dtype: str, **settings: Any) -> LLM:
