@@ -14,7 +14,6 @@ from minillm.errors import CheckpointError, ConfigError, RequestError, Unsupport
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 BLOCK_SIZE = 16  # tokens per block of KV cache, if nobody says how many
-MIN_BLOCK_SIZES = {"int4": 32}  # where a block's keys share ranges, few of them would have to pay for these
 POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
 
 
@@ -217,13 +216,13 @@ class EngineConfig:
     """How an engine serves: sizes, scheduling policy, and a switch for each optimisation.
 
     kv_format: how keys and values are stored: "auto" in the model's dtype, or "fp8", "int8", "int4" (see
-    `minillm.quantization.formats`). block_size: tokens per block of KV cache; None takes what suits the format. num_blocks:
+    `minillm.quantization.formats`). block_size: tokens per block of KV cache; None: 16. num_blocks:
     blocks of the cache, the dummy block included; None takes `cache_bytes` instead, and None there lets the engine
     choose (see `minillm.cache.paged.choose_num_blocks`). max_num_seqs: sequences that run at the same time.
     max_num_batched_tokens: tokens per step, the budget that keeps a long prompt from stalling the others. policy: see
     `minillm.engine.scheduler`. enable_prefix_caching: reuse the KV of common beginnings. attention: a backend of
-    `minillm.attention`. cuda_graphs: replay decode steps from CUDA graphs; no effect on a CPU, with other backends than
-    Triton's, or with int4. num_speculative_tokens: how many tokens a proposer, if there is one, may guess for a
+    `minillm.attention`. cuda_graphs: replay decode steps from CUDA graphs; no effect on a CPU, or with other backends
+    than Triton's. num_speculative_tokens: how many tokens a proposer, if there is one, may guess for a
     sequence in one step. adaptive_drafts: guess fewer where guesses were wrong. seed: for requests that bring none.
     trace_steps: how many of the latest `StepRecord`s are kept. debug: recompute every invariant after each step; slow.
 
@@ -250,12 +249,6 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             _at_least(name, getattr(self, name), 1)
         _at_least("block_size", self.kv_block_size, 1)
-        if self.kv_block_size < MIN_BLOCK_SIZES.get(self.kv_format, 1):
-            raise ConfigError(
-                f"block_size={self.block_size} is too small for kv_format={self.kv_format!r}: a block's keys share a "
-                "range per channel, and ranges would take up what codes save. Use "
-                f"{MIN_BLOCK_SIZES[self.kv_format]} or more, or leave it out."
-            )
         _at_least("num_speculative_tokens", self.num_speculative_tokens, 0)
         _at_least("trace_steps", self.trace_steps, 0)
         if self.num_blocks is not None:
@@ -267,8 +260,8 @@ class EngineConfig:
 
     @property
     def kv_block_size(self) -> int:
-        """Tokens per block: as many as were asked for, else what suits the format."""
-        return max(BLOCK_SIZE, MIN_BLOCK_SIZES.get(self.kv_format, 1)) if self.block_size is None else self.block_size
+        """Tokens per block."""
+        return BLOCK_SIZE if self.block_size is None else self.block_size
 
 
 def _at_least(name: str, value: int, minimum: int) -> None:

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minillm.cache.contiguous import ContiguousCache, SequenceCache, new_cache
+from minillm.cache.contiguous import ContiguousCache, SequenceCache
 from minillm.config import check_prompt
 from minillm.model.decoder import Decoder
-from minillm.quantization.formats import get_format
 from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits, sample
 
 SPARE = 64  # tokens of room behind a prompt, before the cache has to grow
@@ -57,19 +56,19 @@ def generate(
     params: SamplingParams | None = None,
     *,
     sample_index: int = 0,
-    kv_format: str = "auto",
+    cache: SequenceCache | None = None,
 ) -> Iterator[int]:
     """Yield the new tokens, each as soon as it is known. The end token is part of them, as in vLLM.
 
     Stops after `max_tokens`, at a stop token, or where the model has no more positions. `sample_index` picks the
-    random stream of one of several completions. `kv_format`: see `minillm.quantization.formats`.
+    random stream of one of several completions. `cache`: an empty one, if not the usual.
     """
     params = params or SamplingParams()
     generator = None if params.greedy else params.generator(sample_index, default_seed=0, device=model.device)
     room = model.config.max_position_embeddings - len(token_ids)
     check_prompt(token_ids, model.config)
     capacity = len(token_ids) + SPARE
-    cache = new_cache(model.config, get_format(kv_format), capacity=capacity, device=model.device, dtype=model.dtype)
+    cache = cache or ContiguousCache(model.config, capacity=capacity, device=model.device, dtype=model.dtype)
     logits = extend(model, torch.tensor(token_ids, device=model.device), cache)
     tokens = list(token_ids)
     for step in range(min(params.max_tokens, room + 1)):

@@ -21,7 +21,6 @@ from minillm.attention.tiled import tiled_attention
 from minillm.errors import ConfigError
 from minillm.kernels.cpu.contiguous import attention
 from minillm.kernels.cpu.sdpa import sdpa_attention
-from minillm.quantization.attention import quantized_attention
 
 __all__ = ["LOSES", "AttentionMetadata", "PagedAttention", "attention", "get_backend", "paged_attention", "write_kv"]
 
@@ -54,17 +53,6 @@ def get_backend(name: str, device: torch.device | str) -> PagedAttention:
         return paged_attention if kind == "cpu" else attend_spans
     kernels = {"naive": naive_attention, "tiled": _tiled_output, "sdpa": sdpa_attention}
     return partial(attend_spans, kernel=kernels[name])
-
-
-def get_quantized_backend(name: str, device: torch.device | str) -> PagedAttention:
-    """The same for keys and values that are quantised; see `quantized.quantized_attention` for its arguments."""
-    backend = get_backend(name, device)  # which refuses what there is not at all
-    if name not in ("auto", "tiled", "triton"):
-        raise ConfigError(
-            f"attention={name!r} cannot read a quantised KV cache. Choose attention='auto', 'tiled' or 'triton'."
-        )
-    on_gpu = torch.device(device).type == "cuda" and HAS_TRITON
-    return backend if name == "triton" or (name == "auto" and on_gpu) else quantized_attention
 
 
 def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: AttentionMetadata) -> None:

@@ -116,9 +116,8 @@ class FreeQueue:
 class BlockPool:
     """Hands out the blocks 1..num_blocks-1 of a cache and remembers what is in them.
 
-    `identity` names everything that changes the KV of the same tokens: model, dtype, format. Whoever finds a known
-    beginning goes on behind a multiple of `stride` tokens; formats that cannot go on within a block set it to
-    `block_size`. Raises `ConfigError` for sizes that cannot hold anything.
+    `identity` names everything that changes the KV of the same tokens: model, dtype, format. Raises `ConfigError` for
+    sizes that cannot hold anything.
     """
 
     def __init__(
@@ -128,7 +127,6 @@ class BlockPool:
         *,
         identity: Hashable = None,
         enable_prefix_caching: bool = True,
-        stride: int = 1,
     ) -> None:
         if num_blocks < 2 or block_size < 1:
             raise ConfigError(
@@ -137,7 +135,6 @@ class BlockPool:
             )
         self.block_size = block_size
         self.identity = identity
-        self.stride = stride
         self.enable_prefix_caching = enable_prefix_caching
         self.blocks = [Block(index) for index in range(num_blocks)]
         self.free = FreeQueue(range(1, num_blocks))
@@ -166,7 +163,7 @@ class BlockPool:
         """A table that already holds every leading full block of `tokens` the cache knows, and the tokens it saves.
 
         The last token always stays to be computed, because its logits are wanted: a prompt that is known entirely
-        costs one token (the tokens of its last stride). Requests with different `salt` never share blocks.
+        costs one token. Requests with different `salt` never share blocks.
         """
         table = BlockTable(Prefix((self.identity, salt)))
         for block, prefix in self.match(tokens, table.prefix):
@@ -174,8 +171,7 @@ class BlockPool:
             table.blocks.append(block.id)
             table.prefix = prefix
             table.num_hashed += 1
-        num_known = max(0, min(table.num_hashed * self.block_size, len(tokens) - 1))
-        num_computed = num_known // self.stride * self.stride
+        num_computed = max(0, min(table.num_hashed * self.block_size, len(tokens) - 1))
         self.truncate(table, num_computed)
         return table, num_computed
 

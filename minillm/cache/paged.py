@@ -7,16 +7,16 @@ head through a block table moves whole blocks of contiguous memory.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minillm import seams
 from minillm.attention import AttentionMetadata, PagedAttention, write_kv
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError
 from minillm.model.decoder import Attend
-from minillm.quantization.formats import Format, get_format
-from minillm.quantization.tails import TailPool
 
 CPU_CACHE_BYTES = 2**30  # what a cache takes at most on a CPU if nobody says how much; pages are touched when written
 CUDA_FREE_SHARE = 0.9  # of the memory that is free once the model is loaded; the rest is for activations
@@ -27,8 +27,6 @@ class BlockTensors:
 
     Block 0 is the dummy block that padding is written to.
     """
-
-    tails: TailPool | None = None  # exact keys of unfinished blocks, for formats that need them
 
     def __init__(self, config: ModelConfig, tensors: list[Tensor], *, num_blocks: int, block_size: int) -> None:
         self.config = config
@@ -92,28 +90,15 @@ class PagedCache(BlockTensors):
         return self.attention(q, keys, values, layout, scale=scale, sliding_window=window)
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, kv_format: Format | None = None) -> int:
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype, kv_format: str = "auto") -> int:
     """Bytes of one block in all layers, ranges included.
 
     Unquantised 2 (K and V) x layers x KV heads x head_dim x block_size x element size.
     """
-    if kv_format is not None:
-        return config.num_layers * kv_format.block_bytes(config.num_kv_heads, block_size, config.head_dim)
-    return 2 * tail_bytes(config, block_size, dtype)
-
-
-def tail_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of a block's keys in all layers, in the model's dtype: of one tail."""
-    return config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
-
-
-def choose_num_tails(engine: EngineConfig, num_blocks: int) -> int:
-    """As many tails as there can be blocks in use that are not complete, or become so in a step.
-
-    One for each sequence that rests, and one for the dummy block. A sequence that computes q tokens writes at most to
-    2 + (q - 2) / block_size blocks; all of them compute `max_num_batched_tokens` at most.
-    """
-    return min(num_blocks, 1 + 2 * engine.max_num_seqs + engine.max_num_batched_tokens // engine.kv_block_size)
+    if kv_format != "auto":
+        formats: Any = seams.offer("kv_format")
+        return int(formats.block_bytes(config, block_size, kv_format))
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
 
 
 def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> int:
@@ -126,14 +111,11 @@ def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.d
     if engine.num_blocks is not None:
         return engine.num_blocks
     budget, block_size = engine.cache_bytes or _free_bytes(device), engine.kv_block_size
-    kv_format = get_format(engine.kv_format)
-    per_block = block_bytes(config, block_size, dtype, kv_format)
-    per_tail = tail_bytes(config, block_size, dtype) if kv_format and kv_format.needs_tails else 0
-    num_tails = choose_num_tails(engine, num_blocks=budget // (per_block + per_tail))
-    num_blocks = (budget - num_tails * per_tail) // per_block
+    per_block = block_bytes(config, block_size, dtype, engine.kv_format)
+    num_blocks = budget // per_block
     if num_blocks < 2:
         raise ConfigError(
-            f"{budget:,} bytes hold {num_blocks} blocks of {per_block + per_tail:,} bytes; at least 2 are needed. "
+            f"{budget:,} bytes hold {num_blocks} blocks of {per_block:,} bytes; at least 2 are needed. "
             "Raise cache_bytes, make block_size smaller, or free memory on the device."
         )
     longest = -(-config.max_position_embeddings // block_size)

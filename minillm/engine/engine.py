@@ -42,7 +42,7 @@ from minillm.sampling import SamplingParams
 class TokenEvent:
     """New tokens of one completion: what a step brought it."""
 
-    sequence: Request  # to be read, not changed
+    request: Request  # to be read, not changed
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None  # one entry per token, if its parameters ask for them
     time: float
@@ -65,7 +65,6 @@ class Engine:
             self.runner.cache.block_size,
             identity=(model.config, model.dtype, self.config.kv_format),
             enable_prefix_caching=self.config.enable_prefix_caching,
-            stride=self.runner.cache.block_size if self.runner.cache.tails else 1,
         )
         self.scheduler = Scheduler(self.config, self.pool, model.config.eos_token_ids)
         self.trace = Trace(maxlen=self.config.trace_steps)
@@ -152,8 +151,6 @@ class Engine:
         if not self.has_unfinished:
             return []
         clock = [time.perf_counter()]
-        if tails := self.runner.cache.tails:
-            tails.keep(self.scheduler.open_blocks())
         plan = self.scheduler.schedule()
         clock.append(time.perf_counter())
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from minillm.attention import HAS_TRITON, get_backend, get_quantized_backend
-from minillm.cache.paged import PagedCache, choose_num_blocks, choose_num_tails
+from minillm import seams
+from minillm.attention import HAS_TRITON, get_backend
+from minillm.cache.paged import PagedCache, choose_num_blocks
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
 from minillm.engine.request import Request
@@ -17,8 +19,6 @@ from minillm.engine.verify import verify
 from minillm.kernels.gpu.graphs import DecodeGraphs
 from minillm.model.decoder import Decoder
 from minillm.outputs import Logprob
-from minillm.quantization.cache import QuantizedCache
-from minillm.quantization.formats import get_format
 from minillm.sampling import penalize_repetition, probs_from_logits
 
 
@@ -45,12 +45,9 @@ class ModelRunner:
         self.graphs = DecodeGraphs(model, self.cache) if self._replays(config) else None
 
     def _replays(self, config: EngineConfig) -> bool:
-        """Whether decode steps can be replayed: nothing in them may follow the host's block tables.
-
-        Only the Triton kernels read the device's; and which tails a step writes is found out on the host (int4).
-        """
+        """Whether decode steps can be replayed: only the Triton kernels read the device's block tables."""
         on_device = self.model.device.type == "cuda" and HAS_TRITON and config.attention in ("auto", "triton")
-        return config.cuda_graphs and on_device and self.cache.tails is None
+        return config.cuda_graphs and on_device
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Drawn:
@@ -83,23 +80,15 @@ class ModelRunner:
         return sequence.generator
 
 
-def open_cache(model: Decoder, config: EngineConfig) -> PagedCache | QuantizedCache:
+def open_cache(model: Decoder, config: EngineConfig) -> Any:
     """An empty cache in the format that the configuration names, with the backend that reads it."""
     num_blocks = choose_num_blocks(model.config, config, model.device, model.dtype)
     sizes = {"num_blocks": num_blocks, "block_size": config.kv_block_size}
-    kv_format = get_format(config.kv_format)
-    if kv_format is None:
+    if config.kv_format == "auto":
         backend = get_backend(config.attention, model.device)
         return PagedCache(model.config, backend, **sizes, device=model.device, dtype=model.dtype)
-    return QuantizedCache(
-        model.config,
-        get_quantized_backend(config.attention, model.device),
-        kv_format,
-        **sizes,
-        num_tails=choose_num_tails(config, num_blocks),
-        device=model.device,
-        dtype=model.dtype,
-    )
+    formats: Any = seams.offer("kv_format")
+    return formats.open_cache(model.config, config.kv_format, **sizes, device=model.device, dtype=model.dtype)
 
 
 def distributions(logits: Tensor, batch: Batch, process: Callable[..., Tensor] = probs_from_logits) -> Tensor:

@@ -38,7 +38,7 @@ class Scheduled:
     the last token there may be a draft, to be verified in the same step.
     """
 
-    sequence: Request
+    request: Request
     num_tokens: int
     copies: list[tuple[int, int]]
     samplers: list[Request]
@@ -250,13 +250,6 @@ class Scheduler:
         if self.waiting.pop(sequence.order, None) is None:
             self.running.remove(sequence)
         self.pool.release(sequence.table)
-
-    def open_blocks(self) -> Iterator[int]:
-        """The blocks that running sequences have begun and not filled. To be asked between two steps."""
-        for sequence in self.running:
-            index, offset = divmod(sequence.num_computed, self.pool.block_size)
-            if offset:
-                yield sequence.table.blocks[index]
 
     def __iter__(self) -> Iterator[Request]:
         """All unfinished sequences, oldest first."""

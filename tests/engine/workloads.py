@@ -116,9 +116,6 @@ def poison_free_blocks(engine: Engine) -> None:
     stale = torch.tensor([b.id for b in engine.pool.blocks if b.ref_count == 0 and b.prefix is None])
     for pool in engine.runner.cache.tensors:
         pool[:, stale] = torch.nan if pool.dtype.is_floating_point else 255  # as float8 that is NaN, too
-    if tails := engine.runner.cache.tails:
-        for keys in tails.keys:
-            keys[:, tails._free] = torch.nan
 
 
 @contextmanager
