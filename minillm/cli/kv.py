@@ -80,8 +80,8 @@ def _print_cost(rows: Sequence[KvRow], batch: int, repeats: int) -> None:
         out.print(_steps(rows, index, f"A decode step, batch {batch}, context {step.context}"))
     out.print(
         f"Medians (quartiles) of {repeats} rounds, in turns. KV: bytes of keys and values that the step reads and "
-        "writes, ranges included, counted and by formula; int4 adds to it the exact keys of each newest block. "
-        "speed-up: of the whole step, round by round; at most: if only its bytes took time."
+        "writes, ranges included, counted and by formula. speed-up: of the whole step, round by round; at most: if "
+        "only its bytes took time."
     )
 
 
@@ -119,7 +119,7 @@ def _print_quality(model: str, qualities: Sequence[KvQuality], num_tokens: int) 
     out.print(table)
     out.print(
         f"Perplexity of {num_tokens:,} tokens that the model was not trained on. {', '.join(kinds)}: relative error of "
-        "attention's output on such keys. per token: keys share ranges the wrong way."
+        "attention's output on such keys. per token: all channels of a head share a range."
     )
 
 

@@ -76,7 +76,7 @@ def test_points_are_perplexity_and_errors() -> None:
 
 
 def test_the_title_compares_int4_with_its_wrong_version_only_if_that_is_worse() -> None:
-    assert "int4 costs 0.50 % of perplexity; were keys' ranges per token, it would be 3.33 %" in title(
+    assert "int4 costs 0.50 % of perplexity; with one range per token it would be 3.33 %" in title(
         quality_figure(qualities())
     )
     assert title(quality_figure(qualities(wrong=12.0))) == "No format costs more than 0.50 % of perplexity"
