@@ -111,14 +111,16 @@ def _print_quality(model: str, qualities: Sequence[KvQuality], num_tokens: int) 
         out.print(Text(f"\nQuality is not measured: {model} has random weights, which say nothing about it."))
         return
     kinds = list(qualities[-1].errors)
-    table = _table("Quality, in float32", "bits", "perplexity", "change", *kinds)
+    table = _table("Quality, in float32", "bits", "perplexity", "change", "KL", *kinds)
     for one in qualities:
         change = f"{100 * one.loss(qualities[0]):+.3f} %" if one.errors else "–"
+        apart = f"{1e3 * one.divergence:.2f}" if one.errors else "–"
         errors = [f"{one.errors[kind]:.4f}" if one.errors else "–" for kind in kinds]
-        table.add_row(_name(one.format), number(one.bits), f"{one.perplexity:.3f}", change, *errors)
+        table.add_row(_name(one.format), number(one.bits), f"{one.perplexity:.3f}", change, apart, *errors)
     out.print(table)
     out.print(
-        f"Perplexity of {num_tokens:,} tokens that the model was not trained on. {', '.join(kinds)}: relative error of "
+        f"Perplexity of {num_tokens:,} tokens that the model was not trained on. KL: divergence of its distributions "
+        f"from the unquantised ones, thousandths of a nat per token. {', '.join(kinds)}: relative error of "
         "attention's output on such keys. per token: all channels of a head share a range."
     )
 

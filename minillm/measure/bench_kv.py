@@ -26,7 +26,7 @@ from minillm.engine.runner import open_cache
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
 from minillm.measure.counters import Counter
-from minillm.measure.kv_quality import COMPARED, drawn_sample, output_error, perplexity, trained_samples
+from minillm.measure.kv_quality import COMPARED, drawn_sample, fidelity, output_error, trained_samples
 from minillm.measure.stepper import StepRunner
 from minillm.model.decoder import Decoder
 from minillm.quantization.formats import FORMATS, Codec
@@ -86,6 +86,7 @@ class KvQuality:
     format: str
     bits: float  # per number of the cache, ranges included
     perplexity: float
+    divergence: float  # from the unquantised distributions, nats per token; see `kv_quality.fidelity`
     errors: dict[str, float]  # relative error of attention's output, by kind of keys; none without quantisation
 
     def loss(self, plain: KvQuality) -> float:
@@ -161,10 +162,12 @@ def bench_quality(
     data = {"Gaussian": [drawn_sample()], "outliers": [drawn_sample(outliers=True)]}
     data["trained"] = trained_samples(model, rows[0].tolist())
     found = []
-    for name, codec in {"auto": None, **COMPARED}.items():
-        progress(f"quality of {name}")
+    codecs: dict[str, Codec | None] = {"auto": None, **COMPARED}
+    progress("quality of all formats")
+    qualities = fidelity(model, rows, codecs)
+    for name, codec in codecs.items():
         errors = {kind: output_error(samples, codec) for kind, samples in data.items()} if codec else {}
-        found.append(KvQuality(name, _bits(model, codec), perplexity(model, rows, codec), errors))
+        found.append(KvQuality(name, _bits(model, codec), *qualities[name], errors))
     return found
 
 

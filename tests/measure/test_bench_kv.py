@@ -18,6 +18,7 @@ from minillm.measure.kv_quality import (
     COMPARED,
     PER_TOKEN,
     drawn_sample,
+    fidelity,
     held_out_rows,
     one_sequence,
     output_error,
@@ -87,16 +88,34 @@ def test_perplexity_is_that_of_decoding_token_by_token() -> None:
     assert perplexity(model, rows) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
 
+def test_fidelity_by_definition() -> None:
+    """The perplexity is `perplexity`'s; the divergence is Σ p log(p / q), token by token in float64."""
+    model, tokenizer = tiny()
+    rows, codec = held_out_rows(tokenizer, 2, 30), FORMATS["int4"]
+    found = fidelity(model, rows, {"plain": None, "int4": codec})
+    total = 0.0
+    for row in rows.tolist():
+        caches = [one_sequence(model, one, 30) for one in (None, codec)]
+        for token in row[:-1]:
+            p, q = (decode(model, token, one).double().softmax(-1) for one in caches)
+            total += float((p * (p / q).log()).sum())
+    assert found["int4"].divergence == pytest.approx(total / 58, rel=1e-3)
+    assert found["plain"] == (pytest.approx(perplexity(model, rows)), 0)
+    assert found["int4"].perplexity == pytest.approx(perplexity(model, rows, codec))
+
+
 def test_held_out_perplexity_keeps_its_budget() -> None:
     """int8 +0.1 %, fp8 +0.5 %, int4 +2 %.
 
-    So few tokens know a perplexity to a fifth of a per cent. That one range per token does worse shows in the error of
-    attention's output on the trained keys, which is hardly noisy at all.
+    So few tokens know a perplexity to a fifth of a per cent. That one range per token does worse shows in what is
+    hardly noisy at all: the divergence, and the error of attention's output on the trained keys.
     """
     model, tokenizer = tiny()
     plain, *found = bench_quality(model, held_out_rows(tokenizer, 4, 1024))
     losses = {one.format: one.loss(plain) for one in found}
     assert losses["int8"] < 0.001 and losses["fp8"] < 0.005 and losses["int4"] < 0.02, losses
+    apart = {one.format: one.divergence for one in found}
+    assert apart["int8"] < apart["fp8"] < apart["int4"] < apart[PER_TOKEN] / 1.25 and plain.divergence == 0, apart
     errors = {one.format: one.errors["trained"] for one in found}
     assert plain.errors == {} and errors["int8"] < errors["fp8"] < errors["int4"] < errors[PER_TOKEN] / 1.1, errors
 
