@@ -32,8 +32,9 @@ def config_of(case: Case) -> ModelConfig:
 
 def make_cache(case: Case, kv_format: str, num_blocks: int, block_size: int) -> QuantizedCache:
     """Everything that nobody has written is NaN, or decodes to it."""
-    sizes = {"num_blocks": num_blocks, "block_size": block_size}
-    cache = QuantizedCache(config_of(case), FORMATS[kv_format], **sizes, device=CPU)
+    cache = QuantizedCache(
+        config_of(case), FORMATS[kv_format], num_blocks=num_blocks, block_size=block_size, device=CPU
+    )
     cache.attention = quantized.quantized_attention
     for tensor in cache.tensors:
         tensor.fill_(torch.nan if tensor.dtype.is_floating_point else 255)

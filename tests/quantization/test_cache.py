@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,7 @@ CPU = torch.device("cpu")
 
 
 def opened(name: str, config: ModelConfig = CONFIG, num_blocks: int = 12, block_size: int = 16) -> QuantizedCache:
-    sizes = {"num_blocks": num_blocks, "block_size": block_size}
-    return open_cache(config, name, **sizes, device=CPU, dtype=torch.bfloat16)
+    return open_cache(config, name, num_blocks=num_blocks, block_size=block_size, device=CPU, dtype=torch.bfloat16)
 
 
 def shaped(head_dim: int) -> ModelConfig:
@@ -91,7 +91,7 @@ def test_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seams, "offer", lambda seam, device: {("quantized_attention", "cpu"): offered}[seam, device])
     assert opened("int4").attention is offered.quantized_attention
     assert opened("int4").prepare is offered.prepare
-    sizes = {"num_blocks": 2, "block_size": 4, "device": CPU, "dtype": torch.float32}
+    sizes: dict[str, Any] = {"num_blocks": 2, "block_size": 4, "device": CPU, "dtype": torch.float32}
     assert open_cache(CONFIG, "int4", **sizes, kernels="reference").attention is attention.quantized_attention
 
 

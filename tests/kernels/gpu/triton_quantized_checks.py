@@ -85,8 +85,9 @@ def poisoned_cache(case: Case, form: str, num_blocks: int, block_size: int) -> Q
     heads = {"num_attention_heads": case.heads, "num_key_value_heads": case.kv_heads, "head_dim": case.d}
     config = random_model("llama2", num_hidden_layers=1, **heads).config
     config = replace(config, sliding_window=case.window)
-    sizes = {"num_blocks": num_blocks, "block_size": block_size}
-    cache = QuantizedCache(config, FORMATS[form], **sizes, device=torch.device("cpu"))
+    cache = QuantizedCache(
+        config, FORMATS[form], num_blocks=num_blocks, block_size=block_size, device=torch.device("cpu")
+    )
     for tensor in [*cache.keys[0][1:], *cache.values[0][1:]]:
         tensor.fill_(torch.nan)
     return cache
