@@ -81,8 +81,8 @@ def _print_cost(rows: Sequence[KvRow], batch: int, repeats: int) -> None:
         out.print(_steps(rows, index, f"A decode step, batch {batch}, context {step.context}"))
     out.print(
         f"Medians (quartiles) of {repeats} rounds, in turns. KV: bytes of keys and values that the step reads and "
-        "writes, ranges included, counted and by formula; int4 adds to it the exact keys of each newest block. "
-        "speed-up: of the whole step, round by round; at most: if only its bytes took time."
+        "writes, ranges included, counted and by formula. speed-up: of the whole step, round by round; at most: if "
+        "only its bytes took time."
     )
 
 
@@ -112,15 +112,17 @@ def _print_quality(model: str, qualities: Sequence[KvQuality], num_tokens: int) 
         out.print(plain(f"\nQuality is not measured: {model} has random weights, which say nothing about it."))
         return
     kinds = list(qualities[-1].errors)
-    table = _table("Quality, in float32", "bits", "perplexity", "change", *kinds)
+    table = _table("Quality, in float32", "bits", "perplexity", "change", "KL", *kinds)
     for one in qualities:
         change = f"{100 * one.loss(qualities[0]):+.3f} %" if one.errors else "–"
+        apart = f"{1e3 * one.divergence:.2f}" if one.errors else "–"
         errors = [f"{one.errors[kind]:.4f}" if one.errors else "–" for kind in kinds]
-        table.add_row(_name(one.format), number(one.bits), f"{one.perplexity:.3f}", change, *errors)
+        table.add_row(_name(one.format), number(one.bits), f"{one.perplexity:.3f}", change, apart, *errors)
     out.print(table)
     out.print(
-        f"Perplexity of {num_tokens:,} tokens that the model was not trained on. {', '.join(kinds)}: relative error of "
-        "attention's output on such keys. per token: keys share ranges the wrong way."
+        f"Perplexity of {num_tokens:,} tokens that the model was not trained on. KL: divergence of its distributions "
+        f"from the unquantised ones, thousandths of a nat per token. {', '.join(kinds)}: relative error of "
+        "attention's output on such keys. per token: all channels of a head share a range."
     )
 
 
