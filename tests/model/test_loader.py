@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm.config import ModelConfig
+from minillm.course.training.checkpoint import save_checkpoint
 from minillm.errors import CheckpointError, ConfigError, UnsupportedModelError
 from minillm.model.decoder import Decoder
+from minillm.model.hf import model_config
 from minillm.model.loader import (
     RandomWeights,
     assemble,
@@ -23,7 +24,6 @@ from minillm.model.loader import (
     choose_dtype,
     layout,
     load_model,
-    save_checkpoint,
 )
 from tests.families import FAMILIES, random_model
 
@@ -31,7 +31,7 @@ from tests.families import FAMILIES, random_model
 def unpacked(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
     """A decoder with dense weights, as in training."""
     torch.manual_seed(0)
-    model = Decoder(ModelConfig.from_hf(FAMILIES[family] | changes)).to(dtype)
+    model = Decoder(model_config(FAMILIES[family] | changes)).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.2)
     if model.layers[0].attention.qk_norm is not None:  # one row per query head and one per key head, all the same
@@ -216,7 +216,7 @@ def test_hub_name_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layout_covers_every_parameter_of_the_decoder() -> None:
     for family in FAMILIES:
-        config = ModelConfig.from_hf(FAMILIES[family])
+        config = model_config(FAMILIES[family])
         names = {piece.ours for group in layout(config) for piece in group}
         expected = {name for name, _ in Decoder(config).named_parameters(remove_duplicate=False)}
         assert names == expected - ({"head.weight"} if config.tie_word_embeddings else set())
@@ -248,7 +248,7 @@ def test_peak_memory_of_loading_stays_near_the_weights(tmp_path: Path, folder: P
     """
     shape = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, vocab_size=32768, head_dim=64)
     heads = dict(num_attention_heads=16, num_key_value_heads=4)
-    config = ModelConfig.from_hf(FAMILIES[family] | shape | heads)
+    config = model_config(FAMILIES[family] | shape | heads)
     kind = getattr(torch, dtype)
     big = tmp_path / "big"
     model = Decoder(config).to(kind)
@@ -261,7 +261,7 @@ def test_peak_memory_of_loading_stays_near_the_weights(tmp_path: Path, folder: P
 
 
 def test_assemble_reads_nothing_twice() -> None:
-    config = ModelConfig.from_hf(FAMILIES["qwen3"])
+    config = model_config(FAMILIES["qwen3"])
     reads: list[str] = []
 
     class Counting(RandomWeights):
