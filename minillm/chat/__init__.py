@@ -13,7 +13,7 @@ from typing import Any
 from minillm.errors import RequestError
 
 Message = Mapping[str, Any]  # {"role": "user", "content": text or [{"type": "text", "text": text}, ...]}
-SECONDS = 1.5  # a template takes about a millisecond
+SECONDS = 1.0  # a template takes about a millisecond
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -54,10 +54,10 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as one text that ends where the assistant's answer begins. Raises RequestError."""
-        variables = self._variables | {"messages": plain_messages(messages), "add_generation_prompt": True}
+        given = {"messages": plain_messages(messages), "tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            line = json.dumps({"template": self._template, "variables": variables})
-        except (TypeError, ValueError) as error:
+            line = json.dumps({"template": self._template, "variables": self._variables | given})
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"The messages hold what no chat template can take ({error}). Give texts.") from None
         answer = json.loads(self._ask(line) or '{"error": "it took too long, or too much memory, and was ended"}')
         if "text" not in answer:

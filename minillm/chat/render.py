@@ -13,7 +13,7 @@ import sys
 from datetime import datetime
 from typing import Any, ClassVar, NoReturn
 
-MAX_MEMORY = 512 << 20
+MAX_MEMORY = 256 << 20
 EXTRA_CHARACTERS, FACTOR = 1 << 18, 4  # a conversation of n characters may become so many plus n times so many
 
 

@@ -73,13 +73,14 @@ class Tokenizer:
         self._backend.no_truncation()  # a file may bring either, and whoever shares the object may switch it on
         self._backend.no_padding()
         try:
-            with _named_errors("This model's tokenizer cannot encode the text"):
-                return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:
+            text.encode()
+        except (UnicodeError, AttributeError):
             raise RequestError(
                 f"A prompt must be a string of Unicode characters, not {text!r:.80}. Give text, or token ids where "
                 "the caller takes them."
             ) from None
+        with _named_errors("This model's tokenizer cannot encode the text"):
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids as the continuation of a text. Bytes that are no UTF-8 become U+FFFD."""
@@ -178,11 +179,11 @@ def _load_with_transformers(folder: Path, ends: tuple[int, ...]) -> Tokenizer:
 
 @contextmanager
 def _named_errors(what: str) -> Iterator[None]:
-    """Turn what the tokenizers raise into CheckpointError. Their library panics with a BaseException of its own, so all
-    is caught but what ends a program, and TypeError, by which it says that an argument is no text."""
+    """Turn whatever tokenizers raise into CheckpointError. Their library panics with a BaseException of its own, so all
+    is caught but what ends a program."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, TypeError):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         raise CheckpointError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]}).") from error
