@@ -48,7 +48,7 @@ BOMBS = {
     "filter": "{{ 'a' | indent(2000000000, true) }}",
     "squaring": "{% set ns = namespace(s='abcdefgh') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}"
     "{{ ns.s | length }}",
-    "power": "{{ (9 ** 9 ** 9) % 7 }}",
+    "power": "{{ (9 ** (9 ** 9)) % 7 }}",
     "output": "{% for i in range(99999) %}{% for j in range(9) %}aaaaaaaaaaaaaaaaaaaa{% endfor %}{% endfor %}",
     "syntax": "{% endfor %}",
     "undefined": "{{ messages[0].nothing.at_all }}",

@@ -220,7 +220,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", WINDOWS)
 def test_logits_are_those_of_transformers_or_the_model_is_refused(tmp_path: Path, case: str) -> None:
-    """The files of transformers, with a config.json as older versions wrote it. The prompt is longer than the window."""
+    """The files of transformers, with a config.json as older versions wrote it. The prompt outgrows the window."""
     change = WINDOWS[case]
     torch.manual_seed(0)
     given = {name: value for name, value in change.items() if name != "model_type" and value != "DROP"}
