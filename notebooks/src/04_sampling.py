@@ -180,8 +180,8 @@ k − 1, and far above that the draws are wrong.
 
 # %%
 n, some = 4000, shaped(top_k=8)
-stream = torch.Generator().manual_seed(0)
-drawn = sample(some.expand(n, -1), [stream] * n)
+u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+drawn = sample(some.expand(n, -1), u)
 share = torch.bincount(drawn, minlength=vocab) / n
 kept = some > 0
 chi_square = float((n * (share - some)[kept] ** 2 / some[kept]).sum())
@@ -201,8 +201,8 @@ show(
 
 # %% [markdown]
 """
-Bars and ticks part by chance only. In the engine each request has a random stream of its own, started from its seed. So
-a request draws the same tokens whoever shares the batch with it.
+Bars and ticks differ by chance only. In the engine each request has random numbers of its own: a function of its seed and of the
+token's position in the text, `params.random(0, position)`. So a request draws the same tokens whoever shares the batch with it.
 
 ## How sure is the model, along a text?
 
@@ -215,14 +215,13 @@ tokens. We write 40 tokens and note the entropy before each.
 def write(prompt, new, **settings):
     """New tokens; for each its entropy, its surprise and the surprise expected, in bits."""
     params = SamplingParams(max_tokens=new, **settings)
-    stream = None if params.greedy else params.generator(0)
     tokens = tokenizer.encode(prompt)
     length, facts = len(tokens), []
     logits, cache = prefill(model, tokens)
     for _ in range(new):
         bits = -logits.log_softmax(-1) / log(2)  # the surprise of every token
         drawn_from = probs_from_logits(logits[None], [params])[0]
-        token = choose(logits, tokens, params, stream)
+        token = choose(logits, params, tokens[:length], tokens[length:])
         facts.append(
             [float(x) for x in ((-bits).exp2() @ bits, bits[token], drawn_from @ bits)]
         )
@@ -330,7 +329,7 @@ there is no chance, and the two are equal by definition. A point far off the lin
 else than it says. Compare the right panel with what people wrote (the last line that was printed): a text of likeliest tokens surprises far
 less than real code does. Holtzman et al. (2019) found the same for prose, and called it the curious case of neural text degeneration.
 
-What does the sampler cost? Sorting is the dear part, and only the cuts need it.
+What does the sampler cost? Sorting is the expensive part, and only the cuts need it.
 """
 
 # %%
@@ -464,8 +463,8 @@ for temperature in (0.5, 1.0, 1.5):
 The swapped version always keeps the same tokens. Whoever asks for a cold text gets a longer tail than they should, and whoever asks for a
 hot one is protected from it. Both are defensible; two engines that differ here give different texts for the same settings.
 
-**Mutant 2: start the random stream anew at each token.** "Seed it, so that it is reproducible", inside the loop. The same
-random number is thrown every time.
+**Mutant 2: the same random number at each token.** "Seed it, so that it is reproducible", inside the loop: somebody forgets
+to count the tokens, and each of them is drawn with the number of the first.
 """
 
 # %%
@@ -474,10 +473,10 @@ print("right:", repr(tokenizer.decode(generate(model, start, params))))
 tokens = list(start)
 for _ in range(24):
     row, _ = prefill(model, tokens)
-    tokens.append(choose(row, tokens, params, params.generator(0)))  # a fresh stream
+    tokens.append(choose(row, params, start, []))  # always the number of position 0
 print("wrong:", repr(tokenizer.decode(tokens[len(start) :])))
-number = torch.rand((), generator=params.generator(0), dtype=torch.float64)
-print(f"the random number of every step: {number:.3f}")
+numbers = [f"{params.random(0, position):.3f}" for position in range(4)]
+print(f"the right random numbers: {', '.join(numbers)}, …; the wrong: always {numbers[0]}")
 
 # %% [markdown]
 """

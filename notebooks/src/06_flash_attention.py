@@ -24,7 +24,7 @@ from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, prefill_curve
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.figures.tiles import TileCost, softmax_strip, tile_cost, tile_order
-from minillm.kernels.cpu.sdpa import sdpa_attention
+from minillm.kernels import sdpa
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.hardware import describe_machine
@@ -403,7 +403,7 @@ with torch.inference_mode():
         kernels = {
             "textbook": naive_attention,
             "tiles": tiled_attention,
-            "fused (SDPA)": sdpa_attention,
+            "fused (SDPA)": sdpa.attention,
         }
         runs = {name: partial(kernel, q, k, v, scale=scale) for name, kernel in kernels.items()}
         best = {name: quantity(t.best, "s") for name, t in interleaved(runs, repeats=5).items()}

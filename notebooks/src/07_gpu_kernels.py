@@ -13,6 +13,7 @@ three kernels in Triton: a softmax, tiled attention, and attention for a decode 
 # %%
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ if not HAS_GPU:
 import triton
 import triton.language as tl
 
-from minillm.attention import AttentionMetadata, get_backend
+from minillm.attention import AttentionMetadata
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import merge
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.kernels import Part, Program, kernel_speed, merge_tree, program_grid
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.kernels.gpu.paged import BACKEND
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.units import quantity
@@ -251,13 +253,12 @@ tile, so that their keys are read once, and only tiles on an edge pay for a mask
 
 # %%
 BLOCK = 16
-kernels = get_backend("triton", device)
 for q_len, kv_len in [(80, 80), (40, 112), (1, 96)]:
     q, pools = random(q_len, 4, 32), random(2, 2, kv_len // BLOCK, BLOCK, 32)
-    layout = AttentionMetadata.build(
+    metadata = AttentionMetadata.build(
         [range(kv_len // BLOCK)], [q_len], [kv_len], block_size=BLOCK, device=device
     )
-    ours = kernels(q, *pools, layout, scale=32**-0.5)
+    ours = BACKEND.attend(q, *pools, BACKEND.prepare(metadata, pools[0]), scale=32**-0.5)
     exact = naive_attention(q, *pools.flatten(2, 3), scale=32**-0.5)
     error = (ours - exact).abs().max()
     print(f"{q_len:2} queries, {kv_len:3} keys: largest difference {error:.1e}")
@@ -437,15 +438,12 @@ have one, the next cell measures on it: the package's decode kernel, one sequenc
 if HAS_GPU:
     for context in (1024, 8192, 65536):
         count = context // BLOCK
-        layout = AttentionMetadata.build(
+        q, pools = random(1, 32, 128).bfloat16(), random(2, 8, count, BLOCK, 128).bfloat16()
+        metadata = AttentionMetadata.build(
             [range(count)], [1], [context], block_size=BLOCK, device=device
         )
-        q, pools = random(1, 32, 128).bfloat16(), random(2, 8, count, BLOCK, 128).bfloat16()
-        run = {
-            "triton": lambda q=q, pools=pools, layout=layout: kernels(
-                q, *pools, layout, scale=0.1
-            )
-        }
+        prepared = BACKEND.prepare(metadata, pools[0])
+        run = {"triton": partial(BACKEND.attend, q, *pools, prepared, scale=0.1)}
         seconds = interleaved(run, repeats=20, sync=torch.cuda.synchronize)["triton"].median
         rate = quantity(pools.nbytes / seconds, "B/s")
         print(f"context {context:6}: {quantity(seconds, 's')}, {rate}")

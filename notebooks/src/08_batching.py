@@ -102,9 +102,8 @@ def run_engine(policy, seats):
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
         engine.add(prompt, params, request_id=str(number))
     tokens = [[] for _ in prompts]
-    while engine.has_unfinished:
-        for event in engine.step():
-            tokens[int(event.request.request_id)] += event.token_ids
+    for event in engine.run():
+        tokens[int(event.request.request_id)] += event.token_ids
     return list(engine.trace), tokens
 
 
@@ -410,9 +409,8 @@ for mutant in (False, True):
         for t in texts
     ]
     written = {request: [] for request in ids}
-    while engine.has_unfinished:
-        for event in engine.step():
-            written[event.request.request_id] += event.token_ids
+    for event in engine.run():
+        written[event.request.request_id] += event.token_ids
     for text, tokens in zip(texts, written.values(), strict=True):
         name = "mutant" if mutant else "right"
         print(f"{name:6} …{text[-12:]!r:>16} {tokenizer.decode(tokens)!r}")

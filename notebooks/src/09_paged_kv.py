@@ -230,9 +230,9 @@ def read_attention(query, k_pool, v_pool, table, length):
     return (weights @ values).view(-1, head_dim)
 
 
-layout = AttentionMetadata.build([table], [1], [length], block_size=size)
+metadata = AttentionMetadata.build([table], [1], [length], block_size=size)
 ours = read_attention(query[0], k_pool, v_pool, table, length)
-theirs = paged_attention(query, k_pool, v_pool, layout, scale=head_dim**-0.5)[0]
+theirs = paged_attention(query, k_pool, v_pool, metadata, scale=head_dim**-0.5)[0]
 print(f"largest difference: {(ours - theirs).abs().max():.1e}")
 
 # %% [markdown]
@@ -247,9 +247,8 @@ for size in (1, 16, 256):
     for name, (text, new, _) in texts.items():
         params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
         other.add(tokenizer.encode(text), params, request_id=name)
-    while other.has_unfinished:
-        for event in other.step():
-            tokens[event.request.request_id] += event.token_ids
+    for event in other.run():
+        tokens[event.request.request_id] += event.token_ids
     print(f"blocks of {size:3}: the same tokens as above: {tokens == written}")
 
 # %% [markdown]
@@ -320,8 +319,8 @@ def one_layer(size, shuffled):
     tables = [numbers[i * needed : (i + 1) * needed] for i in range(batch)]
     shape = (config.num_kv_heads, 1 + batch * needed, size, config.head_dim)
     keys, values = torch.randn(shape), torch.randn(shape)
-    layout = AttentionMetadata.build(tables, [1] * batch, [context] * batch, block_size=size)
-    return lambda: paged_attention(q, keys, values, layout, scale=config.head_dim**-0.5)
+    metadata = AttentionMetadata.build(tables, [1] * batch, [context] * batch, block_size=size)
+    return lambda: paged_attention(q, keys, values, metadata, scale=config.head_dim**-0.5)
 
 
 runs = {"side by side": one_layer(context, shuffled=False)}
@@ -436,14 +435,14 @@ def write_two(tables, prompts, new=16):
     texts, starts = [list(prompt) for prompt in prompts], [0, 0]
     for _ in range(new):
         spans = [range(start, len(text)) for start, text in zip(starts, texts, strict=True)]
-        layout = AttentionMetadata.build(
+        metadata = AttentionMetadata.build(
             tables, [len(span) for span in spans], [len(text) for text in texts], block_size=8
         )
         tokens = [text[p] for text, span in zip(texts, spans, strict=True) for p in span]
         positions = [p for span in spans for p in span]
-        hidden = model(torch.tensor(tokens), torch.tensor(positions), cache.attend(layout))
+        hidden = model(torch.tensor(tokens), torch.tensor(positions), cache.attend(metadata))
         starts = [len(text) for text in texts]
-        for text, row in zip(texts, layout.cu_seqlens_q[1:].tolist(), strict=True):
+        for text, row in zip(texts, metadata.cu_seqlens_q[1:].tolist(), strict=True):
             text.append(int(model.logits(hidden[row - 1 : row]).argmax()))
     return [tokenizer.decode(text[-new:]) for text in texts]
 

@@ -144,9 +144,8 @@ alone = {}
 for name, ending in endings.items():
     params = SamplingParams(temperature=0, max_tokens=new_tokens[name], ignore_eos=True)
     plain.add(tokenizer.encode(beginning + ending), params, request_id=name)
-while plain.has_unfinished:
-    for event in plain.step():
-        alone.setdefault(event.request.request_id, []).extend(event.token_ids)
+for event in plain.run():
+    alone.setdefault(event.request.request_id, []).extend(event.token_ids)
 print("the same tokens without a prefix cache:", alone == written)
 
 # %% [markdown]
@@ -406,9 +405,8 @@ def third_text(name_class):
             prompt = [token for name in pair for token in tokenizer.encode(pieces[name])[:8]]
             engine.add(prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
             written = []
-            while engine.has_unfinished:
-                for event in engine.step():
-                    written += event.token_ids
+            for event in engine.run():
+                written += event.token_ids
         return tokenizer.decode(written), event.request.num_cached
     finally:
         blocks.Prefix = right
@@ -436,9 +434,8 @@ def complete(forget):
     params = SamplingParams(temperature=1, max_tokens=8, n=3, seed=3, ignore_eos=True)
     engine.add(prompt, params)
     tokens = [[], [], []]
-    while engine.has_unfinished:
-        for event in engine.step():
-            tokens[event.request.index] += event.token_ids
+    for event in engine.run():
+        tokens[event.request.index] += event.token_ids
     return [tokenizer.decode(completion) for completion in tokens]
 
 

@@ -26,6 +26,7 @@ from minillm.course.figures.curves import curves, decode_curve, prefill_curve
 from minillm.course.figures.dashboard import load_dashboard
 from minillm.course.figures.gantt import seat_gantt
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.use import plug_in
 from minillm.engine.engine import Engine
 from minillm.errors import LearnerError
 from minillm.generate import generate
@@ -116,11 +117,10 @@ def run_load(blocks):
     for name, request in load.items():
         metrics[name] = RequestMetrics(time.perf_counter(), [[]])
         engine.add(request.prompt, request.params, request_id=name)
-    while engine.has_unfinished:
-        for event in engine.step():
-            name = event.request.request_id
-            tokens[name] += event.token_ids
-            metrics[name].token_times[0] += [event.time] * len(event.token_ids)
+    for event in engine.run():
+        name = event.request.request_id
+        tokens[name] += event.token_ids
+        metrics[name].token_times[0] += [event.time] * len(event.token_ids)
     return engine, tokens, metrics
 
 
@@ -128,15 +128,15 @@ runs = {blocks: run_load(blocks) for blocks in (100, 20)}
 computed = {}
 for blocks, (engine, tokens, _) in runs.items():
     computed[blocks] = sum(record.num_tokens for record in engine.trace)
-    pushed = [name for record in engine.trace for name in record.preempted]
+    preempted = [name for record in engine.trace for name in record.preempted]
     print(
         f"{blocks:3} blocks: {len(engine.trace):3} steps, {computed[blocks]} tokens computed, "
-        f"{sum(map(len, tokens.values()))} handed out, pushed out: {pushed or 'nobody'}"
+        f"{sum(map(len, tokens.values()))} handed out, preempted: {preempted or 'nobody'}"
     )
 
 # %% [markdown]
 """
-Does the second engine still say the same? A request's text must not depend on who else is served, on blocks, or on having been pushed out. The judge is `generate`, the loop for one sequence of lesson 03, which knows neither blocks nor neighbours.
+Does the second engine still say the same? A request's text must not depend on who else is served, on blocks, or on having been preempted: its blocks taken back and its keys computed again (lesson 11). The judge is `generate`, the loop for one sequence of lesson 03, which knows neither blocks nor neighbours.
 """
 
 # %%
@@ -174,7 +174,7 @@ show(
     ),
     alt="Four panels. A row per request over the engine's steps: a short prompt, then a token a "
     "step; some rows are interrupted by a line and go on with a crossed piece. Blocks held over "
-    "the steps, at the limit where somebody is pushed out. Every step as a dot under the roof. "
+    "the steps, at the limit where somebody is preempted. Every step as a dot under the roof. "
     "Percentiles of the time to first token and of the gaps between tokens.",
 )
 
@@ -192,7 +192,7 @@ guess.against(computed[20] / computed[100])
 
 # %% [markdown]
 """
-Pushing somebody out sounds terrible and costs little, because it happens to the *youngest*, who has least to lose. The expensive part is seen in the steps: with fewer blocks fewer requests share a step, so there are more of them.
+Preempting somebody sounds terrible and costs little, because it happens to the *youngest*, who has least to lose. The expensive part is seen in the steps: with fewer blocks fewer requests share a step, so there are more of them.
 
 ## Shapes: what a step is
 
@@ -292,7 +292,7 @@ explore(
 """
 ## Your parts in it
 
-`LLM(use="exercises/")` takes what you have written in all exercises and puts each function in its place in the engine. The engine's own runs beside it and must say the same, call by call. Nothing has to be finished: what is not written keeps the
+`plug_in(llm, "exercises/")` takes what you have written in all exercises and puts each function in its place in the engine. The engine's own runs beside it and must say the same, call by call. Nothing has to be finished: what is not written keeps the
 engine's own.
 
 ```
@@ -311,10 +311,11 @@ question = ["def area(width, height):\n    return"]
 greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 with tempfile.TemporaryDirectory() as folder:
     Path(folder, "ex09_paged_kv.py").write_text(right_slots)
-    with_yours = LLM("tiny", device="cpu", use=folder)
+    with_yours = LLM("tiny", device="cpu", dtype="float32")
+    used = plug_in(with_yours, folder)
     text = with_yours.generate(question, greedy, progress=False)[0].outputs[0].text
 own = LLM("tiny", device="cpu", dtype="float32").generate(question, greedy, progress=False)
-for row in with_yours.used:
+for row in used:
     state = (row.why_not or "in place").partition(":")[0]
     print(f"{row.exercise} {', '.join(row.tasks):23} {row.place:24} {state}")
 print("writes", repr(text))
@@ -371,13 +372,13 @@ With `pack`: it has no model in it, only lists. The token at position `p` lies i
 
 <details><summary>Hint 2: with preemption the text changes</summary>
 
-Whoever is pushed out keeps its tokens and loses the rest: blocks given back, an empty table, `num_computed = 0`. Take it out of *both* lists, and do not hand it a token in this step.
+Whoever is preempted keeps its tokens and loses the rest: blocks given back, an empty table, `num_computed = 0`. Take it out of *both* lists, and do not hand it a token in this step.
 
 </details>
 
 <details><summary>Hint 3: my engine never ends</summary>
 
-Push out the youngest, the last of the running ones, and put it at the head of the queue, before all who have waited less long. Then the oldest always gets on. And sequences that are done must give their blocks back.
+Preempt the youngest, the last of the running ones, and put it at the head of the queue, before all who have waited less long. Then the oldest always gets on. And sequences that are done must give their blocks back.
 
 </details>
 """
@@ -399,7 +400,9 @@ wrong_slots = right_slots.replace("* block_size + p", "+ p")
 with tempfile.TemporaryDirectory() as folder:
     Path(folder, "ex09_paged_kv.py").write_text(wrong_slots)
     try:
-        LLM("tiny", device="cpu", use=folder).generate(question, greedy, progress=False)
+        with_wrong = LLM("tiny", device="cpu", dtype="float32")
+        plug_in(with_wrong, folder)
+        with_wrong.generate(question, greedy, progress=False)
     except LearnerError as error:
         print(str(error).replace(". ", ".\n"))
 
@@ -407,13 +410,13 @@ with tempfile.TemporaryDirectory() as folder:
 """
 The first call that differs stops the run and says with which arguments. No text was written that could look right.
 
-**Mutant 2: push out the oldest.** It holds the most blocks, so it frees the most. In the toy:
+**Mutant 2: preempt the oldest.** It holds the most blocks, so it frees the most. In the toy:
 """
 
 # %%
 for name, victim in (("youngest", -1), ("oldest", 0)):
     steps = toy_engine(toy, new=6, budget=8, places=16, victim=victim)
-    print(f"pushing out the {name}: {len(steps)} steps, {len(''.join(steps))} tokens computed")
+    print(f"preempting the {name}: {len(steps)} steps, {len(''.join(steps))} tokens computed")
     print(" ", " ".join(steps))
 
 # %% [markdown]
