@@ -207,7 +207,6 @@ def load_model(
     kernels: str = "auto",
     seed: int = 0,
     progress: bool = True,
-    kernels: str = "auto",
 ) -> Decoder:
     """Load a model for inference.
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from minillm.engine.proposer import Draft, Proposer
 
 from minillm.config import POLICIES, EngineConfig
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine
-from minillm.engine.proposer import Draft, Proposer
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduled, Scheduler, StepPlan
 from minillm.engine.trace import StepRecord
