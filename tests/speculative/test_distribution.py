@@ -85,8 +85,11 @@ def test_chi_square_rejects_drafts_from_the_stream_that_judges_them(monkeypatch:
     assert stray(run(draft_model(), requests=3)[0]) > 1
 
 
-def test_chi_square_rejects_a_draft_at_another_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutant that uses the untempered q: drawn at temperature 0.9 and top_p 0.95, divided by neither."""
+@pytest.mark.parametrize(("power", "requests"), [(0.5, 8), (2.0, 3)])
+def test_chi_square_rejects_a_draft_at_another_temperature(
+    power: float, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutant that uses the untempered q: what is told is not what was drawn from, but flatter or sharper."""
     right = DraftModelProposer._draw
 
     def untempered(
@@ -94,7 +97,7 @@ def test_chi_square_rejects_a_draft_at_another_temperature(monkeypatch: pytest.M
     ) -> None:
         right(self, plan, logits, drawn)
         for rows in drawn.values():
-            rows[-1:] = [row.sqrt() / row.sqrt().sum() for row in rows[-1:]]
+            rows[-1:] = [row**power / (row**power).sum() for row in rows[-1:]]
 
     monkeypatch.setattr(DraftModelProposer, "_draw", untempered)
-    assert stray(run(draft_model(), requests=3)[0]) > 1
+    assert stray(run(draft_model(), requests)[0]) > 1

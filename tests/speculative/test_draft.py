@@ -56,7 +56,7 @@ def test_drafts_are_those_of_a_fresh_start(block_size: int) -> None:
 def _never_rolls_back(self: DraftModelProposer, one: Request) -> Twin:
     computed = self._twins[one].num_computed if one in self._twins else 0
     twin = _right(self, one)
-    twin.num_computed = max(twin.num_computed, min(computed, twin.num_prompt - 1))
+    twin.num_computed = max(twin.num_computed, min(computed, twin.num_given - 1))
     return twin
 
 

@@ -27,7 +27,7 @@ PARAMS = {
     "greedy": SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
     "sampled": SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=24, ignore_eos=True),
     "penalised": SamplingParams(temperature=0.7, repetition_penalty=1.4, seed=4, max_tokens=24, ignore_eos=True),
-    "by output": SamplingParams(temperature=0.7, frequency_penalty=1.5, seed=5, max_tokens=24, ignore_eos=True),
+    "by output": SamplingParams(temperature=0.7, frequency_penalty=1.5, seed=6, max_tokens=24, ignore_eos=True),
 }
 
 
@@ -204,7 +204,7 @@ def _no_move(cache: ContiguousCache, path: list[int]) -> None:
 def _keys_only(cache: ContiguousCache, path: list[int]) -> None:
     values = cache.values.clone()
     keep(cache, path)
-    cache.values.copy_(values)
+    cache.values = values
 
 
 def _keeps_all(self: TokenTree, draw: Callable[[int, list[int]], int]) -> tuple[list[int], list[int]]:
