@@ -277,10 +277,22 @@ NGRAM = "guesses by looking back"
 
 ENDED: dict[str, tuple[str, str, str, str, str]] = {  # exercise, function, code at its beginning, setting, message
     "exits": ("ex04", "sample", "import sys; sys.exit(0)", "", "ex04 sample raised SystemExit in call 1"),
-    "has no message": ("ex04", "sample", NO_MESSAGE, "", r"ex04 sample raised Strange .*\(its message cannot be read\)"),
+    "has no message": (
+        "ex04",
+        "sample",
+        NO_MESSAGE,
+        "",
+        r"ex04 sample raised Strange .*\(its message cannot be read\)",
+    ),
     "is its own cause": ("ex04", "sample", OWN_CAUSE, "", r"ex04 sample raised ValueError .*\\ud800x{299} \("),
     "equals all": ("ex04", "sample", EQUAL.format(kind="int", value=7), "", "ex04 sample differs"),
-    "returns an object": ("ex04", "sample", "return object()", "", "ex04 sample raised TypeError.*it returned a object"),
+    "returns an object": (
+        "ex04",
+        "sample",
+        "return object()",
+        "",
+        "ex04 sample raised TypeError.*it returned a object",
+    ),
     "returns itself": ("ex04", "sample", "x = []; x.append(x); return x", "", "ex04 sample raised RecursionError"),
     "a tired pool": ("ex09", "allocate", COUNTED, NO_CACHE, "ex09 BlockPool.allocate raised RuntimeError.*tired"),
     "a block twice": ("ex09", "allocate", "return [1]", NO_CACHE, "ex09 BlockPool.allocate gave block 1, which is not"),
@@ -289,7 +301,13 @@ ENDED: dict[str, tuple[str, str, str, str, str]] = {  # exercise, function, code
     "a tired queue": ("ex10", "popleft", COUNTED, "", "ex10 FreeQueue.popleft raised RuntimeError.*tired"),
     "a lying length": ("ex10", "__len__", "return 0", "", "ex10 FreeQueue.__len__ differs"),
     "no queue": ("ex10", "__init__", "raise OSError('no')", "", "ex10 FreeQueue raised OSError in call 1"),
-    "an end that fails": ("ex10", "append", "raise OSError('no')", "", "ex10 FreeQueue.append raised OSError in call 1"),
+    "an end that fails": (
+        "ex10",
+        "append",
+        "raise OSError('no')",
+        "",
+        "ex10 FreeQueue.append raised OSError in call 1",
+    ),
     "no names": ("ex10", "hash_blocks", "return []", "", "ex10 hash_blocks gave .*no name for each of 2 blocks"),
     "no plan": ("ex11", "schedule", "raise KeyError('x')", "", "ex11 schedule raised KeyError in call 1"),
     "strings": ("ex13", "propose_ngram", "return ['a']", NGRAM, r"ex13 propose_ngram: \['a'\] is no list"),
@@ -298,7 +316,11 @@ ENDED: dict[str, tuple[str, str, str, str, str]] = {  # exercise, function, code
     "too many": ("ex13", "propose_ngram", "return [1] * (count + 1)", NGRAM, r"ex13 propose_ngram: \[1, .* is no list"),
     "an unknown token": ("ex13", "propose_ngram", "return [10**9]", NGRAM, "ex13 propose_ngram: .* is no list"),
     "a lying list": (
-        *("ex13", "verify_greedy", "return type('L', (list,), {'__len__': lambda s: 3, '__eq__': lambda a, b: True})()"),
+        *(
+            "ex13",
+            "verify_greedy",
+            "return type('L', (list,), {'__len__': lambda s: 3, '__eq__': lambda a, b: True})()",
+        ),
         *(NGRAM, "ex13 verify_greedy differs"),
     ),
 }
