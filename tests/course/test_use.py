@@ -363,7 +363,7 @@ def test_leaving_early_while_blocks_cannot_be_given_back(tmp_path: Path) -> None
     stream = llm.stream(PROMPTS, PARAMS)
     while not any(len(completions) == 2 for completions in llm.engine.requests.values()):
         next(stream)
-    with pytest.raises(LearnerError, match="ex10 FreeQueue.prepend raised OSError"):
+    with pytest.raises(LearnerError, match=r"ex10 FreeQueue\.prepend raised OSError"):
         stream.close()
     assert engine_is_clean(llm)
     assert sum(block.ref_count for block in llm.engine.pool.blocks) == 0
