@@ -216,7 +216,7 @@ def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
     strange = [token for token in token_ids if type(token) is not int or not 0 <= token < config.vocab_size]
     if strange:
         raise RequestError(
-            f"Token id {strange[0]!r} is none of the vocabulary's {config.vocab_size} integers from 0. Did another "
+            f"Token id {strange[0]!r} is outside the vocabulary of {config.vocab_size}, or no integer. Did another "
             "model's tokenizer encode the prompt?"
         )
 

@@ -1,4 +1,4 @@
-"""What a request gives back: shaped and named as in vLLM, so that a script runs on both."""
+"""What a request gives back. Names are vLLM's where vLLM has one; `docs/vllm.md` compares field by field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class Logprob:
-    """One candidate of one step: log-probability under the raw logits, rank (1 is the most likely), text."""
+    """One candidate of one step: log-probability under the raw logits, rank (1 is the most likely), text, and bytes.
+
+    Text and bytes need a tokenizer. The bytes are exact where a token is only a part of a character.
+    """
 
     logprob: float
     rank: int
@@ -21,7 +24,11 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One completion of a prompt. `delta` is the text that is new since the last time a stream showed it."""
+    """One completion of a prompt. `delta` is the text that is new since the last time a stream showed it.
+
+    finish_reason: "stop" (an end token or a stop string), "length" (max_tokens, or the model has no more positions),
+    "abort" (the caller left) or "error": its computation failed, `error` says how, and what came before stays.
+    """
 
     index: int
     text: str = ""
@@ -32,6 +39,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None  # the stop token or string that ended it; None for the model's own end token
     error: str | None = None  # why finish_reason is "error"
     delta: str = ""
+    error: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -84,7 +92,12 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """A request and its completions so far."""
+    """A request and its completions so far.
+
+    prompt_logprobs: one entry for each token of the prompt, if they were asked for; the first token has None, as
+    nothing comes before it. num_cached_tokens: prompt tokens whose KV was found in the prefix cache; None before the
+    request first runs.
+    """
 
     request_id: str
     prompt: str | None

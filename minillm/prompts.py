@@ -35,16 +35,13 @@ def read_prompts(prompts: Any, params: Any = None) -> list[tuple[Prompt, Samplin
 
     Raises RequestError for anything else, naming the prompt ("prompt 3 of 5").
     """
-    series = _series(prompts)
-    several = [prompts] if series is None else series
-    if series and isinstance(plain(series[0]), (int, float)):
-        several = [series]
+    several = _series(prompts)
+    if several is None or (several and isinstance(plain(several[0]), (int, float))):
+        several = [prompts if several is None else several]  # one thing, or the ids of one prompt
     read = [_read(given, f"Prompt {i} of {len(several)}") for i, given in enumerate(several, 1)]
     wishes = [params or SamplingParams()] * len(read) if isinstance(params, SamplingParams | None) else _series(params)
     if wishes is None or not all(isinstance(wish, SamplingParams) for wish in wishes):
-        raise RequestError(
-            f"sampling_params={shown(params)} is not possible: give SamplingParams, or one for each prompt."
-        )
+        raise RequestError(f"sampling_params={shown(params)} is not possible: give one for all, one for each, or None.")
     if len(wishes) != len(read):
         raise RequestError(f"{len(read)} prompts, but {len(wishes)} sampling_params. Give one for all or one for each.")
     return list(zip(read, wishes, strict=True))

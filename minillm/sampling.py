@@ -111,7 +111,9 @@ class SamplingParams:
 
     def with_bad_words(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
         """The same with the token ids of `bad_words`: each word as a text begins with it, and after a space."""
-        texts = [space + word.lstrip() for word in self.bad_words or () for space in ("", " ")]
+        if not self.bad_words:
+            return self
+        texts = [space + word.lstrip() for word in self.bad_words for space in ("", " ")]
         words = {tuple(encode(text)) for text in texts} | {tuple(word) for word in self.bad_words_token_ids or ()}
         return replace(self, bad_words_token_ids=sorted(words - {()}))
 
@@ -184,20 +186,21 @@ def probs_from_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tenso
     (arXiv:2407.01082). Each works on the renormalised result of the one before, row by row.
 
     The largest logit is subtracted before the division, so no temperature overflows; logits of +inf share all mass. A
-    row that is no distribution (a logit is NaN, or all are -inf) comes out as NaN, and `pick` and `sample` answer -1.
+    row that is no distribution (a logit is NaN, or all are -inf) comes out with NaN, and `pick` and `sample` answer -1.
     """
     logits = logits.float()
     largest, first = logits.max(dim=-1, keepdim=True)
-    probs = torch.zeros_like(logits).scatter_(-1, first, 1.0)
+    whole = torch.where(largest > -math.inf, 1.0, math.nan)
+    probs = torch.zeros_like(logits).scatter_(-1, first, whole)
     if not all(p.greedy for p in params):
         greedy = torch.tensor([p.greedy for p in params], device=logits.device)
         temperature = torch.tensor([p.temperature or 1.0 for p in params], device=logits.device)
-        below = (logits - largest).masked_fill_(logits == largest, 0.0)
-        drawn = torch.softmax(below / temperature[:, None], dim=-1)
+        below = (logits - largest).nan_to_num_(0.0, neginf=-math.inf)  # inf - inf is 0 here
+        drawn = torch.softmax(below.div_(temperature[:, None] * whole), dim=-1)
         if any(p.truncates for p in params):
             drawn = _truncate(drawn, logits, params)
         probs = torch.where(greedy[:, None], probs, drawn)
-    return probs.masked_fill_(~(largest > -math.inf), math.nan)
+    return probs
 
 
 def _truncate(probs: Tensor, logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -243,14 +246,12 @@ def pick(probs: Tensor, u: Tensor) -> Tensor:
     """The tokens that the numbers u [rows] float64 in [0, 1) fall on, in rows of probs [rows, vocab]; int64 [rows].
 
     It is the first token at which the running sum of the probabilities exceeds u; a token without probability never
-    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding. u times the
-    whole sum may round up to it, so the number below it is the most. -1 for a row that is no distribution.
+    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding. -1
+    for a row that is no distribution.
     """
     sums = probs.cumsum(dim=-1, dtype=torch.float64)
-    total = sums[:, -1:].contiguous()
-    reached = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    tokens = torch.searchsorted(sums, reached, right=True)
-    return torch.where(total > 0, tokens, -1)[:, 0]
+    total = sums[:, -1:]
+    return torch.where(total > 0, torch.searchsorted(sums, u[:, None] * total, right=True), -1)[:, 0]
 
 
 def plain(value: Any) -> Any:

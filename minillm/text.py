@@ -41,9 +41,8 @@ class TextStream:
         With `include_stop_str_in_output` it ends after it. No text stops before `min_tokens` tokens.
         """
         text = self._held + self._detokenizer.push([token])
-        stops = self.params.stop_strings
-        if len(self.output.token_ids) <= self.params.min_tokens:
-            stops = ()
+        early = 0 < len(self.output.token_ids) <= self.params.min_tokens
+        stops = () if early else self.params.stop_strings
         hits = [(text.find(stop), stop) for stop in stops if stop in text]
         if hits:
             position, stop = min(hits)
@@ -151,10 +150,11 @@ class OutputProcessor:
 
     def _end_the_lost(self) -> None:
         """End the requests that the engine has let go of without a word: aborted by others."""
-        for live in [live for name, live in self._live.items() if name not in self.engine.requests]:
-            for output in live.output.outputs:
-                output.finish_reason = output.finish_reason or "abort"
-            self._tell(live)
+        for name, live in self._live.items():
+            if name not in self.engine.requests and not live.output.finished:
+                for output in live.output.outputs:
+                    output.finish_reason = output.finish_reason or "abort"
+                self._tell(live)
 
     def _tell(self, live: Live) -> None:
         if live.told:

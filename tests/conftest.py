@@ -20,3 +20,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="random workloads for the engine, over all policies",
     )
     parser.addoption("--submissions", type=int, default=8, help="size of the class that the grader's test grades")
+    parser.addoption("--interrupts", type=int, default=60, help="interrupts at random lines of the engine")

@@ -251,7 +251,7 @@ WRONG = {
     "a random model to talk to": (["chat", "--model", "random:smollm2-135m"], "no tokenizer"),
     "letters for lengths": (["bench", "latency", "--prompts", "12,x"], "--prompts '12,x' is no list of numbers"),
     "too long a context": (["bench", "latency", "--model", "FOLDER", "--contexts", "510"], f"{POSITIONS} positions"),
-    "an unknown rival": (["bench", "latency", "--against", "vllm"], "Rivals: transformers"),
+    "an unknown rival": (["bench", "latency", "--against", "vllm"], "Choose transformers, or leave it out"),
     "no repeats": (["bench", "latency", "--model", "FOLDER", "--repeats", "0"], "--repeats"),
     "no folder for the numbers": (["bench", "latency", "--json", "/nowhere/x.json"], "/nowhere/x.json cannot be"),
     "an unknown shape to train": (["train", "huge"], "'huge'"),

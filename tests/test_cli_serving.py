@@ -103,7 +103,7 @@ WRONG = {
     "a limit without a number": (["serve", "--goodput", "ttft"], "Goodput limit 'ttft'"),
     "a percentile above 100": (["serve", "--num-prompts", "1", "--percentiles", "101"], "percentiles=[101]"),
     "an unknown policy": (["serve", "--policy", "lifo"], "policy='lifo'"),
-    "an unknown rival": (["throughput", "--against", "vllm"], "Rivals: transformers"),
+    "an unknown rival": (["throughput", "--against", "vllm"], "Choose transformers, or leave it out"),
     "requests that do not fit": (["throughput", "--input-len", "600", "--num-prompts", "1"], "512 positions"),
     "a budget for nobody": (["stall", "--budgets", "8", "--prompt", "32"], "used up by 8 decodes"),
     "too long a prompt": (["stall", "--prompt", "600"], "512 positions"),

@@ -40,4 +40,4 @@ def test_bench_spec(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_what_cannot_be_measured_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bench", "spec", "--model", "random:smollm2-135m") == 2
-    assert "has random weights: what it accepts says nothing" in " ".join(capsys.readouterr().err.split())
+    assert "has random weights: its acceptance rates mean nothing" in " ".join(capsys.readouterr().err.split())

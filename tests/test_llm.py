@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from minillm import LLM, SamplingParams
-from minillm.errors import RequestError
+from minillm.errors import ConfigError, RequestError
 from minillm.generate import generate, prefill
 from minillm.model.loader import save_checkpoint
 from minillm.model.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ def llm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
     monkeypatch.setattr("minillm.llm.load_tokenizer", lambda name: byte_tokenizer())
     llm = LLM(folder, device="cpu", dtype="float32", num_blocks=60, debug=True)
     yield llm
-    assert not llm.engine.has_unfinished and not llm._live
+    assert not llm.engine.has_unfinished and not llm.processor._live
     assert llm.engine.pool.num_free == llm.engine.pool.num_usable
 
 
@@ -168,14 +169,6 @@ def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
     assert llm.generate("fine", GREEDY, progress=False)[0].finished
 
 
-def test_without_a_tokenizer_only_token_ids_go_in() -> None:
-    llm = LLM.__new__(LLM)
-    llm.tokenizer = None
-    with pytest.raises(RequestError, match=r"no tokenizer\. Give token ids"):
-        llm._encode("text")
-    assert llm._encode([1, 2]) == (None, [1, 2])
-
-
 def test_random_model_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     from minillm.model import shapes
 
@@ -184,5 +177,108 @@ def test_random_model_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM("random:small", device="cpu", num_blocks=10)
     result = llm.generate([1, 2, 3], GREEDY, progress=False)[0].outputs[0]
     assert result.text == "" and len(result.token_ids) == 12
-    with pytest.raises(RequestError, match="Stop strings need a tokenizer"):
-        llm.generate([1, 2, 3], replace(GREEDY, stop="a"))
+    wishes = (("text", GREEDY), ([1, 2], replace(GREEDY, stop="a")), ([1], replace(GREEDY, bad_words=["a"])))
+    for prompt, params in wishes:
+        with pytest.raises(RequestError, match=r"no tokenizer\. Give token ids"):
+            llm.generate(prompt, params)
+
+
+def test_a_stream_refuses_at_once(llm: LLM) -> None:
+    """Not at the first `next`, when the caller may be somewhere else."""
+    with pytest.raises(RequestError, match="prompt is empty"):
+        llm.stream(["fine", ""], GREEDY)
+
+
+def test_requests_of_the_engine_itself_go_on_beside_generate(llm: LLM) -> None:
+    mine = llm.engine.add([1, 2, 3], replace(GREEDY, max_tokens=40), request_id="mine")
+    (request,) = llm.engine.requests[mine]
+    assert llm.generate("abc", GREEDY, progress=False)[0].finished
+    list(llm.engine.run())
+    assert request.tokens[3:] == list(generate(llm.engine.model, [1, 2, 3], replace(GREEDY, max_tokens=40)))
+
+
+def test_ids_of_callers_and_of_the_engine_never_meet(llm: LLM) -> None:
+    engine = llm.engine
+    names = [engine.add([1], GREEDY, request_id="0"), engine.add([1], GREEDY), engine.add([1], GREEDY, request_id="1")]
+    assert len(set(names)) == 3
+    for taken in ("0", names[1], "#999", "#x"):
+        with pytest.raises(RequestError, match="request_id"):
+            engine.add([1], GREEDY, request_id=taken)
+    list(engine.run())
+
+
+def test_a_request_that_is_aborted_by_another_ends(llm: LLM) -> None:
+    stream = llm.stream(["a", "b"], GREEDY)
+    first = next(stream)
+    llm.engine.abort(first.request_id)
+    reasons = {output.request_id: output.outputs[0].finish_reason for output in stream}
+    assert sorted(reasons.values()) == ["abort", "length"] and reasons[first.request_id] == "abort"
+
+
+def test_threads_take_turns(llm: LLM) -> None:
+    """Every caller gets the tokens of being alone; whoever steps takes the others along."""
+    prompts = ["def f", "class A:", "import os", "for i in", "x = [1,", "if a =="] * 3
+    want = {p: list(generate(llm.engine.model, llm.tokenizer.encode(p), GREEDY)) for p in set(prompts)}
+
+    def call(prompt: str) -> list[int]:
+        return llm.generate(prompt, GREEDY, progress=False)[0].outputs[0].token_ids
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(call, prompts)) == [want[prompt] for prompt in prompts]
+
+
+def test_prompt_logprobs_do_not_depend_on_chunks_hits_or_company(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against one pass over the prompt: in chunks of three, with a cached prefix, preempted, two completions."""
+    monkeypatch.setattr("minillm.llm.load_tokenizer", lambda name: byte_tokenizer())
+    llm = LLM(folder, device="cpu", dtype="float32", num_blocks=9, block_size=4, max_num_batched_tokens=3, debug=True)
+    prompts = ["def f(x)", "def f(y):", "def f(x"]
+    params = replace(GREEDY, prompt_logprobs=3, max_tokens=9, n=2)
+    llm.generate(prompts[0], GREEDY, progress=False)
+    outputs = llm.generate(prompts, params, progress=False)
+    assert any(record.preempted for record in llm.engine.trace)
+    for output in outputs:
+        ids = output.prompt_token_ids
+        assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
+        assert len(output.prompt_logprobs) == len(ids)
+        for place, told in enumerate(output.prompt_logprobs[1:], 1):
+            want = prefill(llm.engine.model, ids[:place])[0].log_softmax(-1)
+            assert told is not None and set(told) == {ids[place], *want.topk(3).indices.tolist()}
+            assert all(one.logprob == pytest.approx(float(want[token]), abs=1e-4) for token, one in told.items())
+
+
+def test_bad_words_are_never_written(llm: LLM) -> None:
+    """Up to the word the draws are the same; only its last token is out of the question."""
+    for seed in range(200):
+        params = replace(GREEDY, temperature=5.0, seed=seed, max_tokens=20)
+        plain = llm.generate("ab", params, progress=False)[0].outputs[0]
+        word = plain.text[3:5]
+        if len(word) == 2 and word.isascii() and word.isprintable() and " " not in word:
+            break
+    output = llm.generate("ab", replace(params, bad_words=[word]), progress=False)[0].outputs[0]
+    assert word in plain.text and word not in output.text
+    ids = llm.tokenizer.encode(word)
+    place = next(i for i in range(len(plain.token_ids)) if plain.token_ids[i : i + 2] == ids)
+    assert output.token_ids[: place + 1] == plain.token_ids[: place + 1]
+    assert output.token_ids[place + 1] != ids[1]
+
+
+def test_a_stop_string_can_stay_and_can_be_too_early(llm: LLM) -> None:
+    plain = llm.generate("ab", replace(GREEDY, max_tokens=20), progress=False)[0].outputs[0].text
+    stop = plain[3]
+    kept = replace(GREEDY, max_tokens=20, stop=stop, include_stop_str_in_output=True)
+    output = llm.generate("ab", kept, progress=False)[0].outputs[0]
+    assert output.text == plain[: plain.index(stop) + 1] and output.stop_reason == stop
+    late = llm.generate("ab", replace(kept, min_tokens=6), progress=False)[0].outputs[0]
+    assert len(late.token_ids) > 6 and late.text.startswith(plain[:6])
+
+
+def test_a_setting_that_does_not_exist_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"no setting 'max_num_sequences'.*max_num_seqs"):
+        LLM("tiny", max_num_sequences=3)
+
+
+def test_a_trace_can_be_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.llm.load_tokenizer", lambda name: byte_tokenizer())
+    llm = LLM(folder, device="cpu", dtype="float32", num_blocks=60, trace_bytes=0)
+    llm.generate("abc", GREEDY, progress=False)
+    assert len(llm.engine.trace) == 0

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minillm.outputs import CompletionOutput
+from minillm.sampling import SamplingParams
 from minillm.text import TextStream
 from tests.test_llm import byte_tokenizer
 
@@ -22,7 +23,7 @@ TOKENIZER = byte_tokenizer()
 def test_text_ends_before_the_stop_string_that_completes_first(text: str, stops: list[str]) -> None:
     """Fed byte by byte, the stream shows exactly what a search through the growing text would leave."""
     output = CompletionOutput(0)
-    stream = TextStream(output, TOKENIZER, tuple(stops))
+    stream = TextStream(output, TOKENIZER, SamplingParams(stop=stops))
     hit, shown = None, [""]
     for token in TOKENIZER.encode(text):
         hit = stream.push(token)
@@ -43,7 +44,7 @@ def test_text_ends_before_the_stop_string_that_completes_first(text: str, stops:
 
 def test_half_a_character_becomes_a_replacement_only_at_the_end() -> None:
     output = CompletionOutput(0)
-    stream = TextStream(output, TOKENIZER, ())
+    stream = TextStream(output, TOKENIZER, SamplingParams())
     for token in TOKENIZER.encode("é")[:1]:
         stream.push(token)
     assert output.text == ""

@@ -35,7 +35,7 @@ def latency(
     against: Against = "",
     prompts: Annotated[str, typer.Option(help="Prompt lengths for TTFT.", metavar="N,N,…")] = "128,512",
     contexts: Annotated[str, typer.Option(help="Contexts for TPOT.", metavar="N,N,…")] = "128,1024",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which everybody takes a turn.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each, all take a turn.")] = 10,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -62,7 +62,7 @@ def latency(
 def _measure(
     model: Decoder, against: str, prompts: list[int], contexts: list[int], *, repeats: int, seed: int
 ) -> tuple[list[LatencyRow], Hardware]:
-    """All rows, with a line on the terminal that tells how far it is."""
+    """All rows, with a line on the terminal that shows the progress."""
     from minillm.measure.bench_latency import LatencyBench, bench_latency
     from minillm.measure.bench_subjects import TransformersSubject
     from minillm.measure.hardware import measure_hardware
@@ -88,13 +88,13 @@ def _print(rows: Sequence[LatencyRow], subject: str, repeats: int) -> None:
 
 
 def _legend(rows: Sequence[LatencyRow], repeats: int) -> str:
-    """How to read the tables, with the peaks that the bounds rest on."""
+    """How to read the tables, with the peaks that the bounds are computed from."""
     read = max((row.bound.read_bandwidth for row in rows), default=0.0)
     rate = max((row.bound.matmul_rate for row in rows), default=0.0)
-    in_cache = "" if all(row.bound.from_memory for row in rows) else " *: what fits into the cache, only FLOPs bound."
+    in_cache = "" if all(row.bound.from_memory for row in rows) else " *: fits into the cache, so only FLOPs count."
     return (
-        f"Medians (quartiles) of {repeats} rounds in which everybody took turns; speed-up is pair by pair. bound: all "
-        f"bytes read or all FLOPs computed at the best rate of the same rounds, up to {quantity(read, 'B/s')} and "
+        f"Medians (quartiles) of {repeats} rounds, in turns; speed-up: round by round. bound: the time to read all "
+        f"bytes, or to compute all FLOPs, at the best rate of the same rounds: up to {quantity(read, 'B/s')} and "
         f"{quantity(rate, 'FLOP/s')}; reached: bound ÷ median.{in_cache}"
     )
 

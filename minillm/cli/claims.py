@@ -1,4 +1,4 @@
-"""`minillm claims`: what everybody says about prefill and decode, tried here."""
+"""`minillm claims`: well-known claims about prefill and decode, tested on this machine."""
 
 from __future__ import annotations
 

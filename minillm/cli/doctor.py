@@ -1,4 +1,4 @@
-"""`minillm doctor`: what this machine is and what it could do at best."""
+"""`minillm doctor`: what this machine is, and the most that it can do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Fact = tuple[str, str, str]
 
 
 def doctor(
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what was measured before.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, even if it was done before.")] = False,
     gpus: Annotated[bool, typer.Option("--gpus", help="Also show data sheets of GPUs, for planning.")] = False,
     threads: Threads = None,
 ) -> None:
@@ -79,7 +79,7 @@ def _auto_dtype(device: str) -> str:
 
 def _ceilings(hardware: Hardware) -> list[Fact]:
     rows = [
-        ("read", quantity(hardware.read_bandwidth, "B/s"), "bounds decode: all weights once per token"),
+        ("read", quantity(hardware.read_bandwidth, "B/s"), "limits decode: all weights, once per token"),
         ("copy", quantity(hardware.copy_bandwidth, "B/s"), "read and written added up"),
     ]
     for dtype, rate in hardware.matmul_rate.items():

@@ -82,9 +82,11 @@ def lengths(option: str, text: str) -> list[int]:
 
 
 def check_rival(against: str) -> None:
-    """Raise ConfigError for a rival that nobody knows; an empty name is none."""
+    """Raise ConfigError for a rival that is unknown; an empty name means no rival."""
     if against not in ("", *RIVALS):
-        raise ConfigError(f"--against {against!r} is unknown. Rivals: {', '.join(RIVALS)}; leave it out to run alone.")
+        raise ConfigError(
+            f"--against {against!r} is unknown. Choose {', '.join(RIVALS)}, or leave it out to run alone."
+        )
 
 
 def check_file(path: Path | None) -> None:

@@ -31,7 +31,7 @@ def result_view(exercise: Exercise, result: Result, *, path: str) -> Group:
 
 
 def failure_view(check: CheckResult) -> Group:
-    """What was called, what came out, why that matters, and what probably caused it."""
+    """What was called, what was returned, why that matters, and the probable cause."""
     if check.status == "todo":
         return Group(*map(Text, check.told()))
     parts: list[RenderableType] = [Text(check.shown_title, style="bold red")]
@@ -47,7 +47,7 @@ def failure_view(check: CheckResult) -> Group:
 
 
 def course_view(course: Course, progress: Progress) -> Table:
-    """All exercises with their standing."""
+    """All exercises, with how far the learner is in each."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("", "exercise", "", "min", "points", ""):
         table.add_column(heading, justify="right" if heading in ("min", "points") else "left")

@@ -23,7 +23,7 @@ def roofline(
     prompts: Annotated[str, typer.Option(help="Prompt lengths.", metavar="N,N,…")] = "16,64,256",
     batch: Annotated[str, typer.Option(help="Sequences per decode step.", metavar="N,N,…")] = "1,4,16",
     context: Annotated[str, typer.Option(help="Tokens of each decoding sequence.", metavar="N,N,…")] = "128,1024",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which every step takes a turn.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each, every step takes a turn.")] = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -53,7 +53,7 @@ def roofline(
 
 
 def _print(run: RooflineRun) -> None:
-    """The roof, how near to it each step is, and what each step moves."""
+    """Print the roof, how near to it each step is, and the bytes that each step moves."""
     roof, where = run.roof, "its cache" if run.in_cache else "memory"
     out.print(
         f"Roof: {quantity(roof.flops_per_second, 'FLOP/s')}, {quantity(roof.bytes_per_second, 'B/s')} from {where}, "

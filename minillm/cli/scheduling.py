@@ -1,4 +1,4 @@
-"""`minillm bench stall` and `bench prefix`: what two ideas of the engine buy, and what they cost."""
+"""`minillm bench stall` and `bench prefix`: what two ideas of the engine gain, and what they cost."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def _print_stall(rows: Sequence[StallRow], running: int, prompt: int, repeats: i
     out.print(table)
     out.print(
         f"Medians (quartiles) of {repeats} arrivals, in turns. worst ITL: the longest gap between two tokens of a "
-        "running sequence that the prompt's prefill met; usual: the median gap before it came."
+        "running sequence during the prefill of the prompt; usual: the median gap before the prompt arrived."
     )
 
 
 def prefix(
     model: Model = "random:smollm2-135m",
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 1024,
-    shares: Annotated[str, typer.Option(help="Known beginning in per cent.", metavar="N,N,…")] = "0,25,50,75,100",
+    shares: Annotated[str, typer.Option(help="Per cent that the cache knows.", metavar="N,N,…")] = "0,25,50,75,100",
     repeats: Repeats = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -122,5 +122,5 @@ def _print_prefix(rows: Sequence[PrefixRow], subject: Subject, repeats: int) -> 
     out.print(table)
     out.print(
         f"Medians (quartiles) of {repeats} rounds, in turns. found: tokens in whole blocks that were not computed "
-        "again. bound: the FLOPs that are left at this machine's best rate, or the bytes."
+        "again. bound: the time for the remaining FLOPs, or bytes, at this machine's best rate."
     )

@@ -1,4 +1,4 @@
-"""`minillm bench serve` and `bench throughput`: a load on the engine, as those see it who sent it."""
+"""`minillm bench serve` and `bench throughput`: a load on the engine, measured from the side of its clients."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _token_rates(result: dict[str, Any]) -> str:
 
 
 def _overhead(result: dict[str, Any]) -> str:
-    """Everything that is not the model: of all steps, and of a full decode step."""
+    """Share of the time that is not the model: in all steps, and in a full decode step."""
     whole, decode = f"{100 * result['overhead_share']:.1f}% of all steps", result["decode_overhead"]
     if decode is None:
         return whole
@@ -182,7 +182,7 @@ def throughput(
     output_len: OutputLen = 128,
     range_ratio: RangeRatio = 0.0,
     scale: Scale = 1.0,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which everybody takes a turn.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each, all take a turn.")] = 1,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -235,7 +235,7 @@ def _print_throughput(result: Throughput, load: Workload) -> None:
         table.add_row(name, number(timing.median), number(rate), number(total), speedup)
     out.print(table)
     out.print(
-        "Medians (quartiles) of the rounds, in turns, with the same requests for all. Same shape and dtype; no request "
-        "ends before it has all its tokens."
+        "Medians (quartiles) of the rounds, in turns. All serve the same requests with the same shape and dtype; no "
+        "request ends before it has all its tokens."
     )
     out.print(f"minillm outside the model: {_overhead(result.to_json()['engine'])}.")

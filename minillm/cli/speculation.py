@@ -51,7 +51,7 @@ def spec(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens of each sequence.")] = 96,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    adaptive: Annotated[bool, typer.Option(help="Also guess fewer where guesses were wrong; γ is the limit.")] = False,
+    adaptive: Annotated[bool, typer.Option(help="Also with fewer guesses after wrong ones; γ is the limit.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which every γ takes a turn.")] = 5,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -70,7 +70,7 @@ def spec(
     sizes, counts = lengths("--batches", batches), lengths("--drafts", drafts)
     tokenizer = load_tokenizer(model)
     if tokenizer is None:
-        raise ConfigError(f"{model!r} has random weights: what it accepts says nothing. Choose a trained model.")
+        raise ConfigError(f"{model!r} has random weights: its acceptance rates mean nothing. Choose a trained model.")
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
     serve = partial(bench_spec, num_drafts=counts, max_tokens=tokens, temperature=temperature, repeats=repeats)
     cases: list[Case] = []
@@ -98,9 +98,9 @@ def _print(cases: Sequence[Case], subject: Subject, counts: Sequence[int], repea
         out.print(_table(group, [case.row for case in cases if case.group == group]))
     out.print(
         f"Medians (quartiles) of {repeats} rounds, pair by pair. formula: E / (γc + 1), E = (1 - α^(γ+1)) / (1 - α). "
-        "served: the same with a verification at v and guesses for s of the steps. len: tokens per verification. "
-        "α: accepted among the guesses that were looked at; 1st…last: accepted by position, per cent. c, v: a guess, "
-        "a verification, in plain steps."
+        "served: the same, if a verification takes v and a share s of the steps has guesses. len: tokens per "
+        "verification. α: share of accepted tokens among those that were checked; 1st…last: accepted by position, per "
+        "cent. c, v: time of a guess and of a verification, in plain steps."
     )
     out.print(_crossovers(subject, counts))
     slower = [f"{case.name}: {number(case.row.speedup.median)}" for case in cases if case.row.speedup.median < 1]
@@ -112,7 +112,7 @@ def _crossovers(subject: Subject, counts: Sequence[int]) -> str:
 
     size = subject.model.dtype.itemsize
     batches = [(n, crossover_batch(subject.model.config, size, subject.roof, n)) for n in counts]
-    return "Predicted batch from which checking costs (weights from memory, short context): " + ", ".join(
+    return "Predicted batch from which checking takes time (weights from memory, short context): " + ", ".join(
         f"{number(batch)} for γ={count}" for count, batch in batches
     )
 

@@ -26,7 +26,7 @@ teach = typer.Typer(help="For teachers: generate, check, release, grade, export.
 Names = Annotated[list[str] | None, typer.Argument(help="Exercises, such as ex03; all by default.", metavar="[ID]…")]
 Jobs = Annotated[int, typer.Option(min=1, help="How many at a time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print plain data.")]
-Seed = Annotated[int | None, typer.Option(help="Draw the same inputs again; secret and fresh by default.")]
+Seed = Annotated[int | None, typer.Option(help="Draw the same inputs again; by default a new secret seed.")]
 
 
 @teach.command()
@@ -53,7 +53,7 @@ def check(
     zoo: Annotated[bool, typer.Option(help="Also hand in what cheats (tests/exercises/dishonest).")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that the course grades rightly: stubs 0, solutions 100 %, mutants caught and named, cheats 0."""
+    """Prove that grades are right: stubs get 0, solutions 100 %, mutants are caught and named, cheats get 0."""
     from minillm.course.lab.exercises import find_course
     from minillm.course.lab.selfcheck import check_course, dishonest
 
@@ -121,7 +121,7 @@ def release(to: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
 @teach.command()
 def grade(
     submissions: Annotated[Path, typer.Argument(help="A folder with a zip, a folder or a .py file per student.")],
-    to: Annotated[Path, typer.Option(help="Where results go; started again, it goes on.")] = Path("graded"),
+    to: Annotated[Path, typer.Option(help="Where results go; a second start continues.")] = Path("graded"),
     only: Annotated[str, typer.Option(help="Some exercises, such as ex03,ex05.", metavar="ID,…")] = "",
     isolation: Annotated[str, typer.Option(help="process, namespace or container.")] = "namespace",
     jobs: Jobs = 2,

@@ -1,4 +1,4 @@
-"""`minillm train`: make the embedded models anew."""
+"""`minillm train`: train the embedded models again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def train(
     device: Device = "auto",
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
 ) -> None:
-    """Train a small model on the Python source of this machine. Stop it when you like: the same command goes on."""
+    """Train a small model on the Python source of this machine. You may stop it: the same command continues."""
     from minillm.course.training.train import TrainConfig
     from minillm.course.training.train import train as run
     from minillm.model.loader import choose_device

@@ -56,7 +56,7 @@ def demo(
     use: Use = None,
     picture: Annotated[Path, typer.Option(help="Where to save the timeline.")] = Path("minillm-demo.png"),
 ) -> None:
-    """Watch a model write, and see what each of the two phases took."""
+    """Watch a model write, and see how long each of the two phases took."""
     from minillm.course.figures.timeline import request_timeline
     from minillm.llm import LLM
     from minillm.sampling import SamplingParams
@@ -156,7 +156,7 @@ def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> tuple[list[str]
 
 
 def _show(text: str, style: str) -> None:
-    """Text of a model or a user: coloured and without control characters on a terminal, as it is in a pipe."""
+    """Print text of a model or a user: on a terminal with colour and without control characters, in a pipe as it is."""
     if out.is_terminal:
         out.print(Text(text, style=style), end="", soft_wrap=True)
     else:
@@ -164,7 +164,7 @@ def _show(text: str, style: str) -> None:
 
 
 def _show_used(llm: LLM) -> None:
-    """Which of a learner's functions are in the engine's place, and which are not and why."""
+    """Show which of a learner's functions run in place of the engine's, and why the others do not."""
     rows = [(f"{row.exercise} {', '.join(row.tasks)}", row) for row in llm.used]
     for title, placed in (("In place of the engine's own", True), ("Left as it is", False)):
         shown = [(name, row.why_not or row.place) for name, row in rows if placed == (row.why_not is None)]
@@ -173,7 +173,7 @@ def _show_used(llm: LLM) -> None:
 
 
 def _warm_up(llm: LLM, prompt: str) -> None:
-    """Run other tokens of the same length once: kernels are chosen at their first use, and that is not what we time."""
+    """Run other tokens of the same length once: the first use of a kernel takes longer, and must not be timed."""
     from minillm.sampling import SamplingParams
 
     if llm.tokenizer is not None and (tokens := llm.tokenizer.encode(prompt)):
@@ -182,7 +182,7 @@ def _warm_up(llm: LLM, prompt: str) -> None:
 
 
 def _measured(llm: LLM, request: RequestOutput) -> Table:
-    """What the request took, and what it moved, in words of the two phases."""
+    """The times of the request and the bytes that it moved, for each of the two phases."""
     from minillm.costs import formulas
     from minillm.measure.hardware import dtype_name
 

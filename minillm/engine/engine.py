@@ -95,8 +95,8 @@ class Engine:
         self.sampler = Sampler(self.config.seed, model.config.eos_token_ids)
         self.requests: dict[str, list[Request]] = {}  # the registry: unfinished completions by request
         self.trace = Trace(self.config.trace_bytes)
-        self._num_names = 0
-        self._num_added = 0
+        self._late: list[Request] = []  # finished in a step that was interrupted: the next one tells
+        self._num_names = self._num_added = 0
         self._steps = count()
         self._lock = threading.RLock()
 
@@ -122,9 +122,9 @@ class Engine:
         use. Others are not affected.
         """
         params = params or SamplingParams()
+        self.check(prompt, params)
         name = self.new_id() if request_id is None else request_id
         drafts = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
-        self.check(prompt, params)
         with self._lock:
             self._check_names(name, cache_salt)
             request = Request(
@@ -203,10 +203,9 @@ class Engine:
         If the step fails or is interrupted, its requests go back to the queue and the error goes on to the caller: the
         next call starts them over.
         """
-        if late := [r for completions in self.requests.values() for r in completions if r.finished]:
+        late, self._late = self._late, []
+        if late or not self.requests:
             return [self._event(request, [], time.perf_counter()) for request in late]
-        if not self.requests:
-            return []
         start = time.perf_counter()
         plan = self.scheduler.schedule()
         scheduled = proposed = time.perf_counter()
@@ -288,11 +287,13 @@ class Engine:
         Requests keep their tokens. Completions that were spawned in the step go: the first will spawn them again.
         What the prefix cache knew is lost.
         """
+        self.requests = {name: completions for name, completions in self.requests.items() if completions}
         for completions in self.requests.values():
             if completions[0].num_forks:
                 del completions[1:]
-        unfinished = [r for completions in self.requests.values() for r in completions if not r.finished]
-        self.scheduler.reset(sorted(unfinished, key=lambda request: request.order))
+        left = sorted((r for completions in self.requests.values() for r in completions), key=lambda r: r.order)
+        self._late = [request for request in left if request.finished]
+        self.scheduler.reset(request for request in left if not request.finished)
         if self.proposer:
             self.proposer.reset()
 

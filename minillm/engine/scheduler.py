@@ -314,6 +314,8 @@ class Scheduler:
         for request, part in plan.scheduled.items():
             end = request.num_computed + part.num_tokens
             ensure(part.num_tokens > 0 and end <= request.num_tokens, f"{request.order} computes tokens that it has")
+            held = len(request.table.blocks) * self.pool.block_size
+            ensure(part.kv_len <= held, f"{request.order} has blocks for what it computes")
             ensure(not part.draft or part.samplers == [request], f"{request.order} alone goes on from its draft")
             first, last = request.num_computed // self.pool.block_size, self.pool.blocks_for(part.kv_len)
             for block in (self.pool.blocks[index] for index in request.table.blocks[first:last]):

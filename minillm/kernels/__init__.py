@@ -1,1 +1,1 @@
-"""Faster ways to compute what the core defines, one package per kind of machine. Each is found through `minillm.seams`."""
+"""Faster ways to compute what the core defines, one package per kind of machine; found through `minillm.seams`."""

@@ -1,8 +1,9 @@
 """A fair stopwatch: candidates take turns, and what is reported is a median with its spread.
 
-A machine drifts: it heats, it throttles, somebody else uses its memory. Two things measured one after the other meet
-two different machines; two things that take turns meet the same one, and the ratio of each *pair* of turns cancels
-what drifted. So every comparison of this project goes through `interleaved` and is quoted as `pair_ratio`.
+The speed of a machine drifts: it heats up, it throttles, another program uses its memory. Two things that are measured
+one after the other are measured at different speeds. Two things that take turns see the same speed, and in the ratio of
+each *pair* of turns the drift cancels. So every comparison of this project is measured by `interleaved` and quoted as
+`pair_ratio`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from minillm.errors import ConfigError
 
 
 class Quartiles(NamedTuple):
-    """The middle half of some numbers: a quarter lies below `low`, half below `median`, a quarter above `high`."""
+    """The middle half of some numbers: a quarter is below `low`, half is below `median`, a quarter is above `high`."""
 
     low: float
     median: float
@@ -59,7 +60,7 @@ class Timing:
 
     @property
     def best(self) -> float:
-        """The fastest repeat: the one to quote for a ceiling, since noise only ever adds time."""
+        """The fastest repeat: the one to quote for a ceiling, because noise only adds time."""
         return min(self.times)
 
     def per(self, count: int) -> Timing:
@@ -81,7 +82,7 @@ def interleaved(
     Raises `ConfigError` if `repeats` is below 1 or `warmup` below 0.
     """
     if repeats < 1 or warmup < 0:
-        raise ConfigError(f"repeats={repeats}, warmup={warmup}: at least 1 repeat and no fewer than 0 warm-up rounds.")
+        raise ConfigError(f"repeats={repeats}, warmup={warmup}: choose at least 1 repeat and 0 or more warm-up rounds.")
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(warmup + repeats):
         for name, call in candidates.items():
@@ -107,6 +108,7 @@ def pair_ratio(slower: Timing, faster: Timing) -> Quartiles:
     """
     if len(slower.times) != len(faster.times):
         raise ConfigError(
-            f"{len(slower.times)} times against {len(faster.times)}: pairs come from one call of interleaved()."
+            f"{len(slower.times)} times cannot be paired with {len(faster.times)}: measure both in one call of "
+            "interleaved()."
         )
     return quartiles([a / b for a, b in zip(slower.times, faster.times, strict=True)])

@@ -23,7 +23,7 @@ from minillm.measure.bench_subjects import MinillmSubject, Subject
 from minillm.measure.hardware import Hardware, dtype_name, matmul_patterns, matmul_size, read_buffer, read_patterns
 from minillm.model.decoder import Decoder
 
-DECODE_STEPS = 8  # tokens per repeat of decode: one alone would be short for the clock, and cold
+DECODE_STEPS = 8  # tokens per repeat of decode: one alone is too short to time well, and its caches are cold
 OURS = "minillm"
 
 
@@ -59,7 +59,7 @@ class LatencyRow:
     bound: Bound
 
     def share_of_bound(self, subject: str = OURS) -> float:
-        """How near a subject comes to the bound: 1.0 is there, 0.5 takes twice as long."""
+        """How near a subject comes to the bound: 1.0 reaches it, 0.5 takes twice as long."""
         return self.bound.seconds / self.timings[subject].median
 
     def speedup(self, rival: str) -> Quartiles:
@@ -67,7 +67,7 @@ class LatencyRow:
         return pair_ratio(self.timings[rival], self.timings[OURS])
 
     def to_json(self) -> dict[str, Any]:
-        """All repeats in milliseconds, their quartiles, and everything that the bound was made of."""
+        """All repeats in milliseconds, their quartiles, and everything that the bound is computed from."""
         return {
             "phase": self.phase,
             "tokens": self.tokens,
@@ -109,7 +109,7 @@ class Ceilings:
 class LatencyBench:
     """A model, its rivals and the machine's ceilings, ready to take turns.
 
-    `hardware` is only asked for sizes; peaks are found anew in every row. Prompts are random tokens of `seed`.
+    `hardware` gives only sizes; the peaks are measured again in every row. Prompts are random tokens of `seed`.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class LatencyBench:
 
     @torch.inference_mode()
     def decode(self, context: int) -> LatencyRow:
-        """TPOT behind `context` cached tokens: the mean of `DECODE_STEPS` steps, whose middle the bound is for."""
+        """TPOT after `context` cached tokens: the mean of `DECODE_STEPS` steps; the bound is for the middle one."""
         prompt = self._prompt(context)
         for subject in self.subjects.values():
             subject.prefill(prompt)
@@ -172,5 +172,5 @@ def check_lengths(config: ModelConfig, lengths: Sequence[int]) -> None:
     if wrong:
         raise ConfigError(
             f"A sequence of {wrong[0]} tokens cannot be measured: this model has {config.max_position_embeddings} "
-            f"positions, and decode needs {DECODE_STEPS} of them behind its context. Choose lengths between."
+            f"positions, and decode needs {DECODE_STEPS} of them after its context. Choose shorter lengths, at least 1."
         )

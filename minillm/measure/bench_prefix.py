@@ -1,7 +1,7 @@
 """`minillm bench prefix`: how the time to first token falls with the share of the prompt that the cache knows.
 
-What is found is not computed again, so the work that is left falls with the share; but the last token is always
-computed, since its logits are wanted, and its attention reads all that was found.
+What the cache knows is not computed again, so the work that is left falls with the share. The last token is always
+computed, because its logits are needed, and its attention reads all cached tokens.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class PrefixRow:
     timing: Timing  # TTFT, seconds
 
     def share_of_time(self, cold: PrefixRow) -> Quartiles:
-        """TTFT as a share of the TTFT of a prompt that nobody knows, round by round."""
+        """TTFT as a share of the TTFT of a prompt that the cache does not know, round by round."""
         return pair_ratio(self.timing, cold.timing)
 
     def bound(self, config: ModelConfig, element_bytes: int, roof: Roof) -> float:
-        """Seconds that the tokens which are left take at least, in one step behind those that were found."""
+        """Seconds that the remaining tokens take at least, in one step after those that the cache knew."""
         left = [(self.num_prompt - self.num_cached, self.num_prompt)]
         return step_seconds(config, left, element_bytes, roof)
 
@@ -63,7 +63,7 @@ def bench_prefix(
     """
     if not all(0 <= share <= 1 for share in shares) or prompt < 1 or repeats < 1:
         raise ConfigError(
-            f"prompt={prompt}, shares={list(shares)}, repeats={repeats}: shares are numbers from 0 to 1, the others at "
+            f"prompt={prompt}, shares={list(shares)}, repeats={repeats}: choose shares from 0 to 1, and the others at "
             "least 1."
         )
     rng = random.Random(seed)

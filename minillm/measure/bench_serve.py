@@ -1,8 +1,8 @@
-"""`minillm bench serve`: a load on an engine, and what each of its requests met.
+"""`minillm bench serve`: a load on an engine, and how long each of its requests took.
 
-One process and one thread: between two steps the client hands over what has come due, as the engine's own loop would
-do. A request's clock starts when it was *due*, not when the client found time to send it: whoever counts from sending
-hides the queue that an overloaded engine builds up (coordinated omission).
+One process and one thread: between two steps the client sends the requests that are due. The clock of a request starts
+when it is *due*, not when the client had time to send it: counting from the sending would hide the queue in front of an
+overloaded engine (coordinated omission).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StepCost(NamedTuple):
     run: float  # the model and sampling
     commit: float
     num_sequences: int
-    num_decodes: int  # sequences that went on behind their prompt, guesses included
+    num_decodes: int  # requests that continued after their prompt, guesses included
     num_tokens: int
     num_recomputed: int
 
@@ -91,7 +91,7 @@ class ServeRun:
 class Client:
     """Sends requests to an engine when they are due, and notes when their tokens come.
 
-    A slot is the right to have a request in the engine; what stands in `slots` is since when each one is free.
+    A slot is the right to have a request in the engine; `slots` holds the time since when each slot has been free.
     """
 
     def __init__(
@@ -166,16 +166,16 @@ def serve(
 ) -> ServeRun:
     """Serve a load to its end. `due`: seconds after the start at which each request comes; None is all at once.
 
-    max_concurrency: how many are in the engine at most. The next one starts when its time has come *and* another has
-    ended (a closed loop, if all are due at once). A request that the engine refuses is noted as failed. Loads of
-    different `cache_salt` share no KV: repeat a load under another one, or the prefix cache serves it. `progress` is
-    called after each step with the number of requests that are finished.
+    max_concurrency: how many are in the engine at most. The next one starts when it is due *and* another has ended (a
+    closed loop, if all are due at once). A request that the engine refuses is noted as failed. Loads with different
+    `cache_salt` share no KV: repeat a load with another one, or the prefix cache answers it. `progress` is called after
+    each step with the number of requests that are finished.
     Raises `ConfigError` if the two lists differ in length, `max_concurrency` is below 1, or the engine's trace does not
     hold one step.
     """
     due = [0.0] * len(requests) if due is None else due
     if len(requests) != len(due):
-        raise ConfigError(f"{len(requests)} requests, but {len(due)} times. Give a time for each request.")
+        raise ConfigError(f"{len(requests)} requests, but {len(due)} times. Give one time for each request.")
     if max_concurrency is not None and max_concurrency < 1:
         raise ConfigError(f"max_concurrency={max_concurrency}: at least 1, or None for no limit.")
     client = Client(engine, requests, due, max_concurrency or len(requests), cache_salt)
@@ -190,9 +190,9 @@ def serve(
 
 
 def warm_up(engine: Engine, requests: Sequence[SampleRequest], count: int = 2) -> None:
-    """Serve short beginnings of the first requests, then forget them: first calls compile, capture and allocate.
+    """Serve short beginnings of the first requests, because first calls compile, capture and allocate.
 
-    Their KV stays behind, in blocks that no later request matches: a `cache_salt` keeps them apart.
+    No later request can reuse their KV: they have a `cache_salt` of their own.
     """
     for request in requests[:count]:
         engine.add(request.prompt[:64], SampleRequest([], min(8, request.max_tokens)).params, cache_salt="warm-up")

@@ -1,13 +1,14 @@
-"""`minillm bench spec`: what guessing ahead buys, for each number of guesses and each batch, and where it loses.
+"""`minillm bench spec`: what guessing ahead gains, for each number of guesses and each batch, and where it loses.
 
-The same requests are served with and without guesses, in turns, by one engine: only what was guessed differs, and the
-pairs of times are compared. Next to the measured speed-up stands the formula of Leviathan et al. (2022,
-arXiv:2211.17192): E / (γ · c + 1), where E tokens come out of a verification if each of γ guesses is accepted with
-probability α, and a guess costs c plain steps. It takes a verification to be as cheap as a plain step. That holds while
-the step waits for memory; beyond it, checking γ + 1 tokens costs v > 1 steps, and E / (γ · c + v) is what is left. And
-it takes it that there is always a guess; n-grams have one only where the text has stood like this before.
+The same requests are served with and without guesses, in turns, by one engine: only the guesses differ, and the pairs
+of times are compared. Next to the measured speed-up stands the formula of Leviathan et al. (2022, arXiv:2211.17192):
+E / (γ · c + 1). Here E is the number of tokens that come out of a verification if each of γ guesses is accepted with
+probability α, and one guess takes as long as c plain steps. The formula assumes two things. A verification takes as
+long as a plain step: this holds while the step waits for memory; otherwise checking γ + 1 tokens takes v > 1 steps, and
+the speed-up is E / (γ · c + v). And there is always a guess: n-grams have one only where the last tokens occurred
+before.
 
-Prompts come from text that the models were not trained on. Its own kind of text decides what a guess is worth:
+Prompts come from text that the models were not trained on. How many guesses are right depends on the kind of text:
 
 * "held-out": Python source as it is.
 * "repetitive": a passage again and again, as in edits, tables, or a model that quotes.
@@ -24,18 +25,18 @@ from typing import Any
 
 from minillm.config import ModelConfig
 from minillm.costs.roof import Roof, expected_tokens, ridge_rows, speculative_speedup
-from minillm.course.training.corpus import held_out_texts
 from minillm.engine.engine import Engine
 from minillm.engine.trace import StepRecord
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
+from minillm.measure.corpus import held_out_texts
 from minillm.model.tokenizer import Tokenizer
 from minillm.sampling import SamplingParams
 from minillm.speculative import SpecDecodingStats
 
 TEXTS = ("held-out", "repetitive")
 PASSAGE = 48  # tokens of the passage that "repetitive" repeats
-CHARACTERS = 12  # of a file that are tokenized for each token wanted: a few times what they take
+CHARACTERS = 12  # of a file that are tokenized for each token wanted: several times as many as a token has
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,17 @@ class SpecRow:
 def bench_prompts(tokenizer: Tokenizer, text: str, count: int, tokens: int) -> list[list[int]]:
     """`count` prompts of `tokens` tokens, each from another file that no training has seen.
 
-    Raises `ConfigError` for a kind of text that is none of `TEXTS`, and where the files do not suffice.
+    Raises `ConfigError` for a kind of text that is none of `TEXTS`, and if too few files are long enough.
     """
     if text not in TEXTS:
         raise ConfigError(f"text={text!r} is unknown. Choose one of {', '.join(map(repr, TEXTS))}.")
     files = (tokenizer.encode(one[: CHARACTERS * tokens]) for one in held_out_texts())
     beginnings = list(islice((ids[:tokens] for ids in files if len(ids) >= tokens), count))
     if len(beginnings) < count:
-        raise ConfigError(f"{len(beginnings)} held-out files have {tokens} tokens. Ask for fewer or shorter prompts.")
+        raise ConfigError(
+            f"Only {len(beginnings)} held-out files have {tokens} tokens, {count} are needed. Ask for fewer or shorter "
+            "prompts."
+        )
     if text == "held-out":
         return beginnings
     return [(ids[-PASSAGE:] * (tokens // PASSAGE + 1))[:tokens] for ids in beginnings]
@@ -121,12 +125,12 @@ def bench_spec(
     """Serve the prompts, `batch` at once, without guesses and with each number of them, in turns; one row per number.
 
     The prompts' KV is in the prefix cache after the first round, which does not count: what is timed is decoding.
-    Raises `ConfigError` if nobody guesses for the engine, for a number below 1, or if its trace does not hold a round.
+    Raises `ConfigError` if the engine has no proposer, for a number below 1, or if its trace does not hold a round.
     """
     if engine.proposer is None or batch < 1 or not num_drafts or min(num_drafts) < 1:
         raise ConfigError(
-            f"batch={batch}, num_drafts={list(num_drafts)}, proposer {engine.proposer}: numbers are at least 1, and "
-            "somebody must guess. Give the engine a proposer."
+            f"batch={batch}, num_drafts={list(num_drafts)}, proposer {engine.proposer}: choose numbers of at least 1, "
+            "and give the engine a proposer."
         )
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, ignore_eos=True)
     records: dict[int, list[StepRecord]] = {}
@@ -144,7 +148,7 @@ def _serve(
     count: int,
     records: dict[int, list[StepRecord]],
 ) -> None:
-    """One group of prompts after the other with `count` guesses; the records replace those of the round before."""
+    """Serve one group of prompts after the other with `count` guesses; keep the records of the last round only."""
     engine.trace.clear()
     names: list[str] = []
     for group in groups:
@@ -175,9 +179,9 @@ def _row(
 
 
 def crossover_batch(config: ModelConfig, element_bytes: int, roof: Roof, num_drafts: int) -> float:
-    """The batch from which checking γ guesses is not free: B · (γ + 1) rows reach the ridge of the MLP's matrices.
+    """The batch from which checking γ guesses takes time: B · (γ + 1) rows reach the ridge of the MLP's matrices.
 
-    For short contexts and weights that come from memory. A model that fits into the processor's cache computes from
-    the first row on, and its crossover is lower.
+    For short contexts and weights that are read from memory. A model that fits into the processor's cache waits for
+    arithmetic from the first row on, and its crossover is lower.
     """
     return ridge_rows(config.hidden_size, config.intermediate_size, element_bytes, roof.ridge) / (num_drafts + 1)

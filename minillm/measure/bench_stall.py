@@ -1,9 +1,9 @@
-"""`minillm bench stall`: what a long prompt costs those who are being served, and what sparing them costs the prompt.
+"""`minillm bench stall`: how long others wait when a long prompt arrives, and how long the prompt waits if they do not.
 
-Some sequences decode; a long prompt arrives. If all of it goes into the next step, everybody waits for it: one gap
-between two tokens as long as a prefill. If a step takes a budget of tokens, decodes first (Sarathi-Serve, Agrawal et
-al. 2024), the gaps stay short and the newcomer waits longer. The budget chooses between the two; here are all choices
-in one run, taking turns.
+Some requests decode; a long prompt arrives. If all of it goes into the next step, all others wait for it: one gap
+between two of their tokens is as long as a prefill. If a step has a budget of tokens and takes decodes first
+(Sarathi-Serve, Agrawal et al. 2024), the gaps stay short and the newcomer waits longer. The budget chooses between the
+two; here all choices take turns in one run.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ class Arrival:
 
     @property
     def quiet_itl(self) -> float:
-        """The others' median gap before anybody arrived: what they are used to."""
+        """The median gap of the others before the prompt arrived."""
         return median(end - start for start, end in self.gaps if end <= 0)
 
     @property
     def worst_itl(self) -> float:
-        """Their longest gap that met the newcomer's prefill."""
+        """The longest gap of the others during the newcomer's prefill."""
         return max(end - start for start, end in self.gaps if end > 0 and start < self.ttft)
 
     @property
     def ratio(self) -> float:
-        """How many times as long as usual somebody waited."""
+        """The longest gap as a multiple of the usual one."""
         return self.worst_itl / self.quiet_itl
 
 
@@ -104,7 +104,7 @@ class StallBench:
         self.engines = [self._engine(row) for row in self.rows]
 
     def _engine(self, row: StallRow, block_size: int = 16) -> Engine:
-        """An engine with blocks for everybody: a preemption would be another kind of stall."""
+        """An engine with enough blocks for all: a preemption would be another kind of stall."""
         longest = [len(prompt) + self.max_tokens for prompt in self.running] + [len(self.newcomer) + self.max_tokens]
         num_blocks = 2 + sum(-(-length // block_size) for length in longest)
         return Engine(
@@ -147,7 +147,7 @@ def _longest_run(config: ModelConfig, budget: int, running: int, context: int, p
     """Tokens that a running sequence may need under the tightest budget, from its start to the end of the tail."""
     if budget <= running:
         raise ConfigError(
-            f"A budget of {budget} tokens per step is used up by {running} decodes: nothing is left for a prompt. "
+            f"A budget of {budget} tokens per step is used up by {running} decodes, and no token is left for a prompt. "
             "Choose larger budgets or fewer running sequences."
         )
     steps = -(-(running * context + prompt) // (budget - running)) + QUIET_STEPS + TAIL_STEPS + 2
@@ -163,9 +163,9 @@ def _longest_run(config: ModelConfig, budget: int, running: int, context: int, p
 def arrive(
     engine: Engine, running: Sequence[list[int]], newcomer: list[int], max_tokens: int, *, cache_salt: str | None = None
 ) -> Arrival:
-    """Start the running sequences, let them settle, add the newcomer, and watch until all have gone on for a while.
+    """Start the running requests, decode a few tokens, add the newcomer, and decode a few tokens more.
 
-    The newcomer comes between two steps. `cache_salt`: choose another each time, or its prompt is in the prefix cache.
+    The newcomer arrives between two steps. `cache_salt`: choose another each time, or its prompt is in the prefix cache.
     """
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     tokens: dict[str, list[float]] = defaultdict(list)  # times by request

@@ -1,6 +1,6 @@
-"""Who is measured: minillm, and `transformers` at its best reasonable use, behind the same two phases.
+"""What is measured: minillm, and `transformers` in its fastest ordinary use, with the same two phases.
 
-This is the only module of the package that runs transformers' modelling code, and it imports it when it is asked to.
+Only this module and `bench_throughput` run the modelling code of transformers, and they import it on first use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Subject(Protocol):
         ...
 
     def decode(self, context: int, steps: int) -> None:
-        """Forget what lies behind the first `context` cached tokens, then run `steps` tokens one after the other."""
+        """Drop what is cached after the first `context` tokens, then run `steps` tokens one after the other."""
         ...
 
 
@@ -77,7 +77,7 @@ class TransformersSubject:
 
 
 def _random_transformer(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """A `transformers` model of this shape. Scaled rotary frequencies are left out: a table costs the same anyway."""
+    """A `transformers` model of this shape. Rotary scaling is left out: it changes numbers in a table, not the time."""
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()

@@ -1,7 +1,8 @@
-"""`minillm bench throughput`: how many tokens per second leave when all requests are there at once, and against whom.
+"""`minillm bench throughput`: tokens per second when all requests are there at once, for minillm and for its rivals.
 
-Everybody serves the same requests in the same rounds; the speed-up is the ratio of the times of one round. What counts
-is what was asked for: a static batch that runs on until its longest request is done is not paid for the rest.
+All of them serve the same requests in the same rounds; the speed-up is the ratio of the times of one round. Only tokens
+that were asked for count: a static batch runs until its longest request is done, and the tokens that the shorter ones
+get meanwhile are not counted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PAGE = 256  # tokens per block of transformers' paged cache: its default
 
 
 class Server(Protocol):
-    """Something that takes requests and is done when all their tokens are there."""
+    """Something that serves requests, and returns when all their tokens are there."""
 
     def run(self, requests: Sequence[SampleRequest]) -> None:
         """Serve all requests. Raises `MinillmError` if a token is missing."""
@@ -36,7 +37,7 @@ class Server(Protocol):
 
 
 class MinillmServer:
-    """This project's engine. Each run has a `cache_salt` of its own, so that none is served from the KV of another."""
+    """This project's engine. Each run has a `cache_salt` of its own, so that no run reuses the KV of another."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -53,7 +54,7 @@ class MinillmServer:
 class TransformersGenerate:
     """`model.generate` on static batches of `batch_size` requests, padded on the left, in the order given.
 
-    A batch runs until its longest request is done, as everybody's who uses it this way.
+    A batch runs until its longest request is done, as it does for everybody who uses `generate`.
     """
 
     def __init__(self, model: Any, batch_size: int) -> None:
@@ -78,10 +79,10 @@ class TransformersGenerate:
 
 
 class TransformersContinuous:
-    """transformers' own continuous batching: paged cache, packed batches, one step's tokens at most `max_tokens`.
+    """The continuous batching of transformers: paged cache, packed batches, at most `max_tokens` tokens per step.
 
-    The time includes starting and stopping its manager, as in `generate_batch`. Left to itself it takes most of the
-    machine's memory; here its cache holds the `batch_size` longest requests.
+    The time includes starting and stopping its manager, as in `generate_batch`. By default its cache takes most of the
+    machine's memory; here it has room for the `batch_size` longest requests.
     """
 
     def __init__(self, model: Any, batch_size: int, max_tokens: int) -> None:
@@ -126,7 +127,7 @@ def _generation_config(requests: Sequence[SampleRequest], **settings: Any) -> An
 def _check(server: str, requests: Sequence[SampleRequest], lengths: Sequence[int]) -> None:
     wanted = [request.max_tokens for request in requests]
     if list(lengths) != wanted:
-        raise MinillmError(f"{server} returned {sum(lengths)} tokens of {sum(wanted)}: there is nothing to compare.")
+        raise MinillmError(f"{server} returned {sum(lengths)} of {sum(wanted)} tokens, so its time cannot be compared.")
 
 
 def transformers_servers(decoder: Decoder, *, batch_size: int, max_tokens: int) -> dict[str, Server]:
@@ -141,7 +142,7 @@ def transformers_servers(decoder: Decoder, *, batch_size: int, max_tokens: int) 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Who took how long for the same requests, round by round."""
+    """How long each server took for the same requests, round by round."""
 
     prompt_tokens: int
     new_tokens: int
@@ -157,7 +158,7 @@ class Throughput:
         return pair_ratio(self.timings[rival], self.timings[OURS])
 
     def to_json(self) -> dict[str, Any]:
-        """All rounds of everybody, and what minillm's engine says of its last one."""
+        """All rounds of all servers, and a summary of minillm's last round from the records of its engine."""
         subjects = {
             name: {"times_s": timing.times, "output_throughput": self.tokens_per_second(name)}
             | ({} if name == OURS else {"speedup": self.speedup(name)._asdict()})
@@ -179,9 +180,10 @@ def bench_throughput(
     repeats: int = 1,
     progress: Callable[[str], object] = lambda turn: None,
 ) -> Throughput:
-    """Serve the requests `repeats` times by everybody in turn, after a short turn each that does not count.
+    """Let all servers serve the requests in turns, `repeats` times, after a short turn each that does not count.
 
-    progress: called with what begins now. Raises `MinillmError` if somebody does not return all tokens.
+    progress: called with the name of each turn when it begins. Raises `MinillmError` if a server does not return all
+    tokens.
     """
     ours = MinillmServer(engine)
     servers: dict[str, Server] = {OURS: ours, **(rivals or {})}

@@ -1,17 +1,17 @@
-"""What really happened: every operator that PyTorch ran, its FLOPs, the bytes it moved, and for whom.
+"""What really happened: every operator that PyTorch ran, its FLOPs, the bytes it moved, and in which part of the model.
 
     with Counter(model, kv=cache) as counted:
         extend(model, tokens, cache)
     counted.total                               # Cost(flops, bytes): compare with minillm.costs.formulas
     counted.by_part(), counted.by_layer()       # where they went
-    counted.peak_bytes, counted.largest         # memory of what was only needed for a while
+    counted.peak_bytes, counted.largest         # memory of activations
 
 It listens to PyTorch's dispatcher, so it works for any model: ours, a learner's, another library's. It works on the
 "meta" device, too, where tensors have a shape and no memory: a laptop counts an 8B model in a second.
 
 An operator is charged for each of its operands once: the traffic of a program that keeps nothing in the processor's
 caches from one operator to the next. FLOPs are those of matrix products, by PyTorch's own formulas. Kernels that are
-launched behind the dispatcher's back (Triton's) are not seen.
+not started through the dispatcher (Triton's) are not seen.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PARTS = {  # the first pattern that a module's path matches names its part
 
 @dataclass(eq=False)
 class Region:
-    """A piece of memory, and what it holds: known for weights and caches, found out later for others."""
+    """A piece of memory, and what it holds: known at once for weights and caches, later for what becomes a cache."""
 
     kind: str = ACTIVATIONS
 
@@ -94,9 +94,9 @@ class Operation:
 class Counter:
     """Counts what runs inside its `with` block.
 
-    model: whose parameters and buffers are weights, and whose modules name the places; optional. kv: the cache, or
-    anything that holds its tensors (searched through attributes, lists and dictionaries); a cache that is born inside
-    the block is named later with `mark_kv`. A cache that makes new tensors at every step is followed.
+    model: its parameters and buffers count as weights, and its modules name the places; optional. kv: the cache, or
+    anything that holds its tensors (searched through attributes, lists and dictionaries). A cache that is made inside
+    the block is named later with `mark_kv`. A cache that makes new tensors in every step is followed.
     """
 
     def __init__(self, model: nn.Module | None = None, *, kv: object = None) -> None:
@@ -111,7 +111,7 @@ class Counter:
         self.mark_kv(kv)
 
     def mark_kv(self, cache: object) -> None:
-        """Say that the tensors in `cache` are KV cache: what was counted of them so far moves to its account."""
+        """Say that the tensors in `cache` are KV cache, also for what was counted of them so far."""
         for tensor in tensors_in(cache):
             region = self._region(tensor)
             region.kind = KV if region.kind == ACTIVATIONS else region.kind
@@ -137,7 +137,7 @@ class Counter:
         return _grouped(self.operations, lambda operation: operation.part)
 
     def by_layer(self) -> dict[int | None, Cost]:
-        """The same for each layer; None is what lies outside of the layers."""
+        """The same for each layer; None stands for what is outside of the layers."""
         return _grouped(self.operations, lambda operation: operation.layer)
 
     @property
@@ -187,7 +187,7 @@ class Counter:
             self.operations.append(Operation(str(func._overloadpacket), self._stack[-1], flops, tuple(accesses)))
 
     def _region(self, tensor: Tensor, *, born: bool = False) -> Region:
-        """The region behind a tensor. It is forgotten with its memory, whose address may then be used again."""
+        """The region that a tensor lies in. It is forgotten when its memory is freed: the address may be used again."""
         storage = storage_of(tensor)
         if id(storage) not in self._regions:
             region = self._regions[id(storage)] = Region()
@@ -198,20 +198,20 @@ class Counter:
 
 
 def _died(counter: weakref.ref[Counter], key: int, size: int) -> None:
-    """Some memory is gone. Weights outlive counters, so their memory must not keep a counter alive."""
+    """Note that some memory was freed. Weights live longer than counters, so they must not keep a counter alive."""
     if (living := counter()) is not None:
         living._lives.append((living._regions.pop(key), -size))
 
 
 class _Listener(TorchDispatchMode):
-    """Passes each operator on, and then what it was given and gave back to `record`."""
+    """Runs each operator, then hands its arguments and its result to `record`."""
 
     def __init__(self, record: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]) -> None:
         super().__init__()
         self.record = record
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator and write it down; one that is made of others is counted as those."""
+        """Run one operator and record it; an operator that is composed of others is recorded as those."""
         kwargs = kwargs or {}
         if not _is_leaf(func, args):
             with self:

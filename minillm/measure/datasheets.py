@@ -1,4 +1,4 @@
-"""What manufacturers promise of a few GPUs: for planning ("what if I had one?"), never for a bound on a measurement.
+"""What manufacturers promise for a few GPUs: for planning ("what if I had one?"), never as the bound of a measurement.
 
 Dense bfloat16 rates, accumulated in float32, without sparsity. Real programs reach 70 to 85 % of the rate and about
 90 % of the bandwidth; `minillm doctor` measures what yours reaches.

@@ -1,8 +1,8 @@
 """This machine's ceilings, measured: bytes read and copied per second, FLOPs per second, the cost of one operator.
 
-A bound is only as good as its peak. A data sheet promises what nobody reaches, and a sloppy benchmark reports what
-everybody beats. So each ceiling here is the *best* of several ways to do the thing and of many repeats: noise only ever
-takes away. The ways include the engine's own linear layer, so that no bound rests on a peak which the engine beats.
+A bound is only as good as its peak. A data sheet promises more than programs reach, and a careless benchmark reports
+less than they reach. So each ceiling here is the *best* of several ways to do the work and of many repeats: noise only
+makes a repeat slower. The ways include the engine's own linear layer, so that the engine never beats the peak.
 
 Measuring takes a few seconds, so the result is kept in the user's cache folder, one file per machine, thread count and
 torch version.
@@ -29,7 +29,7 @@ from minillm.model.linear import Linear
 from minillm.model.loader import choose_device
 
 ROUNDS = 12
-MATMUL_SECONDS = 0.01  # a product that takes this long has left start-up costs behind
+MATMUL_SECONDS = 0.01  # in a product that takes this long, the time to start it no longer matters
 MATMUL_SIZES = (512, 1024, 2048, 4096, 8192)
 MATMUL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GEMV_COLUMNS = 2048
@@ -59,8 +59,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def measure_hardware(device: str = "cpu", *, refresh: bool = False) -> Hardware:
     """The ceilings of `device` ("auto", "cpu", "cuda", "cuda:<n>"), from the cache if they were measured before.
 
-    `refresh` measures anew and overwrites. A damaged cache file is measured anew; a folder that cannot be written
-    costs the next call the same seconds again and nothing else. Raises `ConfigError` for a device that is not here.
+    `refresh` measures again and overwrites the file; so does a damaged file. If the folder cannot be written, the next
+    call measures again. Raises `ConfigError` for a device that is not here.
     """
     target = choose_device(device)
     machine = describe_machine(target)
@@ -113,7 +113,7 @@ def read_patterns(buffer: Tensor) -> dict[str, Callable[[], object]]:
 def read_buffer(machine: Machine, device: torch.device) -> Tensor:
     """A bf16 buffer to read: eight times the largest cache and long enough to time, at most an eighth of the memory.
 
-    Filled with ones, because pages that nobody wrote are not in memory and cost nothing to read.
+    Filled with ones, because pages that were never written are not in memory, and reading them takes no time.
     """
     wanted = max(2**28 if device.type == "cpu" else 2**32, 8 * machine.last_level_cache)
     size = min(wanted, machine.memory_bytes // 8 or wanted)
@@ -150,7 +150,7 @@ def _layer(weight: Tensor) -> Linear:
 
 
 def _operator_overhead(device: torch.device) -> float:
-    """Seconds that the smallest operator costs when called from Python over and over."""
+    """Seconds that the smallest operator takes when it is called from Python again and again."""
     number, calls = torch.zeros(1, device=device), 2000
 
     def many() -> None:
@@ -196,7 +196,7 @@ def _read_cache(path: Path, machine: Machine) -> Hardware | None:
 
 
 def _write_cache(path: Path, hardware: Hardware) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one, never half of one."""
+    """Write a second file, then rename it: a reader sees the old file or the new one, never half of one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:

@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from minillm.attention.reference import naive_attention
 from minillm.cache.contiguous import ContiguousCache, new_cache
 from minillm.config import ModelConfig
-from minillm.course.training.corpus import held_out_texts
 from minillm.errors import ConfigError
+from minillm.measure.corpus import held_out_texts
 from minillm.model.decoder import Attend, Decoder
 from minillm.model.tokenizer import Tokenizer
 from minillm.quantization.formats import Format, Int4

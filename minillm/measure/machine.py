@@ -1,4 +1,4 @@
-"""What this machine says of itself: processor, cores, caches, features, memory. Read, not measured.
+"""What the system says about this machine: processor, cores, caches, features, memory. Read, not measured.
 
 Everything here comes from the operating system or from torch; what cannot be found out is empty or zero, never guessed.
 """
@@ -30,7 +30,7 @@ FEATURES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that a measurement belongs to. Two equal Machines may share their measurements."""
+    """The device that a measurement belongs to. Two Machines that are equal share their measurements."""
 
     device: str  # "cpu" or "cuda"
     name: str
@@ -48,7 +48,7 @@ class Machine:
 
 
 def describe_machine(device: torch.device) -> Machine:
-    """The Machine behind a torch device of type "cpu" or "cuda"."""
+    """The Machine of a torch device of type "cpu" or "cuda"."""
     return _cuda_machine(device) if device.type == "cuda" else _cpu_machine()
 
 

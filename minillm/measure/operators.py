@@ -17,8 +17,8 @@ from torch.utils.flop_counter import flop_registry
 
 from minillm.costs.formulas import visible_pairs
 
-GATHERS = ("index_select", "embedding", "gather", "index")  # read from their first operand only what they give back
-SCATTERS = {"index_copy_": "source", "index_put_": "values", "scatter_": "src"}  # write only as much as they are given
+GATHERS = ("index_select", "embedding", "gather", "index")  # read from their first operand only what they return
+SCATTERS = {"index_copy_": "source", "index_put_": "values", "scatter_": "src"}  # write only the size of their source
 FILLS = ("copy_", "fill_", "zero_", "normal_", "uniform_", "exponential_", "bernoulli_", *SCATTERS)  # never read self
 EMPTY = ("empty", "new_empty", "empty_like", "empty_strided")  # memory is taken, nothing is moved
 METADATA = ("detach_", "t_", "transpose_", "squeeze_", "unsqueeze_")  # views that change in place how a tensor is seen
@@ -78,8 +78,8 @@ _PRODUCTS = {"_linear_pointwise": (0, 1), "mv": (0, 1), "addmv": (1, 2), "dot": 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> int:
     """Scores and weighted values, q `[..., heads, q_len, d]`, k and v `[..., kv_heads, kv_len, d]`.
 
-    With a mask a kernel computes what the mask hides. Its own causal rule (top-left) it skips, tile by tile: counted
-    are the pairs that rule lets through.
+    With a mask, a kernel also computes the pairs that the mask hides, so all pairs are counted. With its own causal
+    rule (top-left) it skips what is hidden, tile by tile, so only the visible pairs are counted.
     """
     q_len, kv_len = q.shape[-2], k.shape[-2]
     full_rows = max(0, q_len - kv_len)  # of a causal rectangle that is higher than wide
@@ -101,17 +101,17 @@ def num_bytes(tensor: Tensor) -> int:
 
 
 def storage_of(tensor: Tensor) -> object:
-    """What views of a tensor share. A packed weight has no storage to look into; it is never viewed either."""
+    """What all views of a tensor share. A packed weight has no storage that can be read, and no views."""
     return tensor.untyped_storage() if tensor.layout == torch.strided else tensor
 
 
 def storage_id(tensor: Tensor) -> int:
-    """The identity of that, while it lives."""
+    """The identity of the storage, valid while it lives."""
     return id(storage_of(tensor))
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
-    """Every tensor that goes in, with the schema's argument that it stands for."""
+    """Every tensor that goes in, with the argument of the schema that it is given for."""
     arguments = func._schema.arguments
     named = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
     for argument, value in named:

@@ -1,7 +1,8 @@
 """Prefills and decodes of a model as points under this machine's roof, and what each of them moved.
 
-Every point and both ceilings take turns in one run, so that they meet the same machine. The roof's slope is the
-bandwidth of reading as many bytes as the model has: a model that fits into a cache is measured against the cache.
+Every point and both ceilings take turns in one run, so that they see the machine at the same speed. The slope of the
+roof is the bandwidth of reading as many bytes as the model has: a model that fits into a cache is compared with the
+cache, not with memory.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from minillm.measure.hardware import Hardware, dtype_name, matmul_patterns, matm
 from minillm.measure.stepper import StepRunner
 from minillm.model.decoder import Decoder
 
-NEAR = 0.5  # of the roof: below it, something else than the roof decides
-READS = 3  # of the buffer in a row: what fits into a cache is then read from there, as a bound must assume
+NEAR = 0.5  # share of the roof: a step below it is slow for another reason than the roof
+READS = 3  # of the buffer in a row: what fits into a cache is then read from there, as the bound assumes
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Point:
 
     @property
     def flop_rate(self) -> float:
-        """Useful FLOP/s, by the fastest repeat: noise only ever adds time."""
+        """Useful FLOP/s of the fastest repeat: noise only adds time."""
         return self.flops / self.timing.best
 
     def to_json(self) -> dict[str, Any]:
@@ -76,7 +77,7 @@ class RooflineRun:
     points: list[Point]
 
     def share_of_roof(self, point: Point) -> float:
-        """How near a point is to the roof above it: 1 is there."""
+        """How near a point is to the roof above it: 1 reaches it."""
         return point.flop_rate / self.roof.flop_rate(point.intensity)
 
     def waits_for(self, point: Point) -> str | None:

@@ -1,7 +1,6 @@
-"""The pool at one moment, kept: who holds which block, which blocks the prefix cache knows, what stands in them.
+"""A copy of the block pool at one moment: who holds which block, which blocks the prefix cache knows, what is in them.
 
-Tables and pool change with every step; a picture of what happened needs copies. Taking one reads the pool's own
-books and nothing else.
+Tables and pool change with every step, so a picture of what happened needs copies. Taking one only reads the pool.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class PoolSnapshot:
                     yield name, logical
 
     def filled(self, name: str, logical: int) -> int:
-        """Tokens of a sequence that lie in its block of this logical number."""
+        """How many tokens of a sequence are in its block with this logical number."""
         return max(0, min(self.block_size, len(self.tokens[name]) - logical * self.block_size))
 
     @property
@@ -63,7 +62,7 @@ class PoolSnapshot:
 
     @property
     def waste(self) -> int:
-        """Token places that are held and empty. A place that several sequences share counts once."""
+        """Places for tokens that are held but empty. A place that several sequences share counts once."""
         used: dict[int, int] = {}
         for name, blocks in self.tables.items():
             for logical, block in enumerate(blocks):

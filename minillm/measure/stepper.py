@@ -1,4 +1,4 @@
-"""Any step, run by the real model on the engine's paged cache: what counters count and stopwatches time.
+"""Any step, run by the real model on the engine's paged cache, to be counted or timed.
 
 run = StepRunner(model, decode_step(context=1000, batch=16))
 with Counter(model, kv=run.cache) as counted:
@@ -58,13 +58,13 @@ class StepRunner:
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
-        """Run the step: float32 logits [num_seqs, vocab_size] behind the last token of each sequence."""
+        """Run the step: float32 logits [num_seqs, vocab_size] after the last token of each sequence."""
         hidden = self.model(self.tokens, self.positions, self.cache.attend(self.layout))
         return self.model.logits(hidden[self.last_rows])
 
 
 def weightless(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Decoder:
-    """A model of any size without memory, on the meta device: to be counted, not to be computed with."""
+    """A model of any size that takes no memory, on the meta device: its operators can be counted, not computed."""
     with torch.device("meta"):
         model = Decoder(config)
     for module in model.modules():

@@ -1,11 +1,11 @@
-"""What a served load comes to, in vLLM's names, definitions and JSON keys (`vllm bench serve`).
+"""The results of a served load, in vLLM's names, definitions and JSON keys (`vllm bench serve`).
 
 * TTFT: first token - start. TPOT: (last token - first) / (n - 1) of one request, none if n is 1. ITL: the gaps between
   tokens, of all requests in one pool. E2EL: last token - start. Lists in seconds, summaries in milliseconds.
 * AIPerf calls our TPOT "inter token latency" and our ITL "inter chunk latency"; LLMPerf's "inter token latency" is
-  E2EL / n, with the TTFT in it, and compares with nothing here. Where one step brings several tokens, ITL is smaller
-  than what a user sees: their gaps are zero.
-* A statistic without samples is 0, as in vLLM. Failed requests are counted and take part in nothing else.
+  E2EL / n, which includes the TTFT and cannot be compared with anything here. Where one step brings several tokens,
+  the gaps between them are zero, so the ITL is smaller than what a user sees.
+* A statistic without samples is 0, as in vLLM. Failed requests are counted, and are left out of everything else.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ def keeps(served: Served, goodput: Mapping[str, float]) -> bool:
 
 
 def peak_tokens_per_second(done: Sequence[Served]) -> float:
-    """Most output tokens in one second, of the seconds that follow the first start."""
+    """Most output tokens in one second; seconds are counted from the first start."""
     first = min((served.metrics.arrival_time for served in done), default=0.0)
     buckets = Counter(int(time - first) for served in done for time in served.token_times)
     return float(max(buckets.values(), default=0))
 
 
 def peak_concurrency(done: Sequence[Served]) -> int:
-    """Most requests at one moment; whoever starts when another ends does not meet it."""
+    """Most requests at one moment. If one starts at the moment when another ends, they do not overlap."""
     starts = [(served.metrics.arrival_time, 1) for served in done]
     ends = [(served.token_times[-1], -1) for served in done]
     changes = [change for _, change in sorted(starts + ends)]  # at the same moment, -1 sorts first
@@ -112,7 +112,7 @@ def _details(served: Sequence[Served]) -> dict[str, list[Any]]:
 
 
 def engine_summary(run: ServeRun) -> dict[str, Any]:
-    """What only the engine knows, keys of our own: the cache's hits, the price of preemption, the engine's own time."""
+    """What only the engine knows, under keys of our own: cache hits, the cost of preemption, time outside the model."""
     done = [served for served in run.served if served.completed]
     prompts = sum(len(served.request.prompt) for served in done)
     return {
@@ -156,7 +156,6 @@ def _limit(text: str) -> tuple[str, float]:
         milliseconds = -1.0
     if name not in GOODPUT_NAMES or not milliseconds >= 0:
         raise ConfigError(
-            f"Goodput limit {text!r}: write name:milliseconds with a name out of {', '.join(GOODPUT_NAMES)}, such as "
-            "ttft:500."
+            f"Goodput limit {text!r}: write name:milliseconds, such as ttft:500. Names are {', '.join(GOODPUT_NAMES)}."
         )
     return name, milliseconds

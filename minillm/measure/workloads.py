@@ -1,10 +1,10 @@
 """What a benchmark asks for: which requests, of which lengths, and when they come.
 
-A workload is its fields and its seed, nothing else: whoever repeats them gets the same tokens on every machine. Prompts
-are random token ids and no request ends before its `max_tokens`: this is about time, never about text.
+A workload is its fields and its seed, nothing else: the same fields give the same tokens on every machine. Prompts are
+random token ids, and no request ends before its `max_tokens`: this is about time, never about text.
 
-Two customs exist wherever load is generated, and numbers of one do not compare with numbers of the other. Both are
-here by name, `convention="vllm"` and `convention="sglang"`:
+There are two conventions for generating a load, and numbers of one cannot be compared with numbers of the other. Both
+are here by name, `convention="vllm"` and `convention="sglang"`:
 
 |                     | vllm                                     | sglang                         |
 |---------------------|------------------------------------------|--------------------------------|
@@ -54,14 +54,14 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests by name. Fields that a name has no use for are ignored.
+    """Requests by name. Fields that a workload does not use are ignored.
 
     * "nano-vllm": the workload that small engines quote: 256 prompts and outputs of 100 to 1024 tokens, temperature
       0.6. Drawn in the order of its script, with Python's generator: for each prompt its length, then its ids out of
       0 to 10000; when all prompts are there, all output lengths. Seed 0 asks for 133,966 tokens. Ids wrap around in
       smaller vocabularies; `num_prompts` other than 256 draws fewer or more in the same order.
     * "random": `input_len` and `output_len`, spread by `range_ratio` (see `convention` above).
-    * "shared-prefix": as "random" behind `num_groups` different system prompts of `prefix_len` tokens, in random order.
+    * "shared-prefix": as "random", after `num_groups` different system prompts of `prefix_len` tokens, in random order.
     * "sharegpt-like": synthetic. Log-normal lengths with the means of ShareGPT, cut at 4 and 1024 tokens.
 
     `scale` multiplies all lengths after drawing. `request_rate` and `burstiness`: see `arrival_times`.
@@ -160,7 +160,7 @@ def _ids(rng: random.Random, length: int, vocab_size: int) -> list[int]:
 
 
 def length_range(nominal: int, ratio: float, convention: str) -> tuple[int, int]:
-    """The shortest and the longest length (both drawn) that a tool means by a nominal length and a range ratio."""
+    """The shortest and the longest length that can be drawn, for a nominal length and a range ratio."""
     if convention == "sglang":
         return max(1, int(nominal * ratio)), nominal
     return max(1, math.floor(nominal * (1 - ratio))), math.ceil(nominal * (1 + ratio))
@@ -169,7 +169,7 @@ def length_range(nominal: int, ratio: float, convention: str) -> tuple[int, int]
 def arrival_times(
     count: int, rate: float, *, burstiness: float = 1.0, convention: str = "vllm", seed: int = 0
 ) -> list[float]:
-    """When each of `count` requests comes, seconds after the start: an open loop, which waits for nobody.
+    """When each of `count` requests comes, seconds after the start: an open loop, which waits for no other request.
 
     rate: requests per second on average; infinity sends all at once. burstiness: shape of the gamma distribution of
     the gaps; 1 is a Poisson process, less comes in bursts, more comes evenly. Raises `ConfigError` unless both are

@@ -47,21 +47,21 @@ def _check_sizes(name: str, draft: Decoder, engine: Engine) -> None:
     own, wanted = draft.config.vocab_size, engine.model.config.vocab_size
     if own != wanted:
         raise ConfigError(
-            f"The draft model {name!r} has {own} tokens in its vocabulary, the model it is to guess for has {wanted}. "
-            f"{_WAY_OUT}"
+            f"The draft model {name!r} has {own} tokens in its vocabulary, but the model that it guesses for has "
+            f"{wanted}. {_WAY_OUT}"
         )
 
 
 def _check_tokens(name: str, own: Mapping[int, str], wanted: Mapping[int, str]) -> None:
     """Refuse a vocabulary of the right size in which a number means another token.
 
-    Every guess would be checked and rejected: nothing would come out wrong, and all of it late. Numbers that only one
-    of the two uses (padding, the special tokens of a chat model) do no harm.
+    With such a draft model every guess would be rejected: the text would still be right, but slow. Numbers that only
+    one of the two uses (padding, the special tokens of a chat model) do no harm.
     """
     differ = [index for index in sorted(own.keys() & wanted.keys()) if own[index] != wanted[index]]
     if differ:
         index = differ[0]
         raise ConfigError(
-            f"Token {index} is {own[index]!r} to the draft model {name!r} and {wanted[index]!r} to the model it is to "
-            f"guess for; {len(differ)} of {len(wanted)} tokens differ. {_WAY_OUT}"
+            f"Token {index} is {own[index]!r} for the draft model {name!r}, but {wanted[index]!r} for the model that "
+            f"it guesses for; {len(differ)} of {len(wanted)} tokens differ. {_WAY_OUT}"
         )

@@ -1,4 +1,4 @@
-"""Guess by looking back: what followed the last time the text stood like this?
+"""Guess by looking back: what followed when the text last ended in the same tokens?
 
 Prompt lookup: no second model, no arithmetic. Code, quotes, edits and lists repeat themselves; prose rarely does. The
 longest end of the text that also stands earlier in it is found with a suffix automaton, which grows by a token in
@@ -73,8 +73,8 @@ class SuffixIndex:
 class NgramProposer:
     """Guesses that what followed the longest repeated end will follow again.
 
-    min_match: shorter repetitions are chance, and propose nothing. Costs a constant time per token of the text, once,
-    and no forward pass.
+    min_match: a repetition of fewer tokens is taken for chance, and nothing is proposed. Costs a constant time for each
+    token of the text, once, and no forward pass.
     """
 
     def __init__(self, min_match: int = 2) -> None:
@@ -109,8 +109,8 @@ class NgramProposer:
 def continuation(tokens: list[int], source: int, count: int) -> list[int]:
     """What follows if `tokens` go on as they did from place `source`.
 
-    Where that runs into the end of the text it goes on with its own guesses, as LZ77 copies: a text of period n is
-    continued with period n.
+    At the end of the text it copies its own guesses, as LZ77 does: a text that repeats with period n goes on with
+    period n.
     """
     period = len(tokens) - source
     return [tokens[source + step % period] for step in range(count)]

@@ -10,7 +10,7 @@ from minillm.engine.trace import StepRecord
 
 @dataclass(frozen=True)
 class SpecDecodingStats:
-    """Counts over all verifies of some steps. A verify checks one draft of one sequence: several tokens at once."""
+    """Counts over all verifies of some steps. A verify checks one draft of one request: several tokens at once."""
 
     num_drafts: int
     num_draft_tokens: int
@@ -35,21 +35,22 @@ class SpecDecodingStats:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens that a verify brings: the accepted ones and the one that always comes. 1 if nothing was guessed."""
+        """Tokens from one verification: the accepted ones, and the one that always comes. 1 if nothing was guessed."""
         return 1 + self.num_accepted_tokens / max(1, self.num_drafts)
 
     @property
     def acceptance(self) -> float:
-        """α of the formulas: accepted tokens among those that were looked at; none is behind a rejected one.
+        """α of the formulas: accepted tokens among those that were looked at; none stands after a rejected one.
 
-        vLLM has no name for it: its `draft_acceptance_rate` counts all that were guessed.
+        Tokens after a rejected one are not checked. vLLM has no name for it: its `draft_acceptance_rate` counts all
+        tokens that were guessed.
         """
         num_rejected = self.num_drafts - self.num_complete_drafts
         return self.num_accepted_tokens / max(1, self.num_accepted_tokens + num_rejected)
 
     @property
     def draft_acceptance_rate(self) -> float:
-        """Share of the draft tokens that were accepted; those behind a rejected one count as rejected."""
+        """Share of the draft tokens that were accepted; those after a rejected one count as rejected."""
         return self.num_accepted_tokens / max(1, self.num_draft_tokens)
 
     @property

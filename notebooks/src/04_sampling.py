@@ -27,9 +27,9 @@ from minillm.course.figures.sampling import (
 )
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.lab import check
-from minillm.course.training.corpus import held_out_texts
 from minillm.generate import choose, decode, generate
 from minillm.measure.bench import interleaved
+from minillm.measure.corpus import held_out_texts
 from minillm.sampling import probs_from_logits, sample
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)

@@ -18,7 +18,7 @@ from minillm.attention import AttentionMetadata
 
 @dataclass(frozen=True)
 class Case:
-    """One sequence's attention. `spread` is about how large the scores get."""
+    """One request's attention. `spread` is about how large the scores get."""
 
     q_len: int
     kv_len: int
@@ -110,17 +110,17 @@ def check(out: Tensor, wanted: Tensor, case: Case, dtype: torch.dtype, what: str
 
 @dataclass(frozen=True)
 class Packed:
-    """Several sequences in one pool. What no sequence owns is poisoned with NaN, the dummy block included."""
+    """Several requests in one pool. What no request owns is poisoned with NaN, the dummy block included."""
 
     cases: list[Case]
     tables: list[list[int]]
     q: Tensor
     k_pool: Tensor
     v_pool: Tensor
-    layout: AttentionMetadata
+    metadata: AttentionMetadata
 
     def check(self, out: Tensor, lse: Tensor | None = None) -> None:
-        """Raise AssertionError unless each sequence's output (and log-sum-exp) is that of the sequence alone."""
+        """Raise AssertionError unless each request's output (and log-sum-exp) is that of the request alone."""
         lengths = [case.q_len for case in self.cases]
         for index, (what, got) in enumerate((("output", out), ("log-sum-exp", lse))):
             parts = [] if got is None else got.split(lengths)
@@ -136,7 +136,7 @@ def pack(
     order: str = "shuffled",
     seed: int = 0,
 ) -> Packed:
-    """Put sequences of the same head shape into blocks: "shuffled" all over the pool, or "adjacent" in order.
+    """Put requests of the same head shape into blocks: "shuffled" all over the pool, or "adjacent" in order.
 
     Keys and values are laid down by plain indexing, so that reading is tested without trusting the writing.
     """
@@ -155,10 +155,10 @@ def pack(
         for position in range(case.kv_len):
             block, offset = table[position // block_size], position % block_size
             k_pool[:, block, offset], v_pool[:, block, offset] = k[:, position], v[:, position]
-    layout = AttentionMetadata.build(
+    metadata = AttentionMetadata.build(
         tables, [case.q_len for case in cases], [case.kv_len for case in cases], block_size=block_size
     )
-    return Packed(cases, tables, torch.cat(queries), k_pool, v_pool, layout)
+    return Packed(cases, tables, torch.cat(queries), k_pool, v_pool, metadata)
 
 
 BATCHES = {

@@ -5,23 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minillm.attention import LOSES, get_backend
+from minillm.attention import REFERENCE, choose_backend
+from minillm.config import EngineConfig
 from minillm.errors import ConfigError
+from minillm.kernels.cpu.paged import BACKEND
 
 
-def test_every_backend_says_where_it_loses() -> None:
-    assert set(LOSES) == {"auto", "naive", "tiled", "sdpa", "triton"}
-    assert all(sentence.endswith(".") for sentence in LOSES.values())
+def test_what_is_fastest_on_the_device_is_chosen_unless_the_definition_is_asked_for() -> None:
+    assert choose_backend("auto", torch.device("cpu")) is BACKEND
+    assert choose_backend("reference", torch.device("cpu")) is REFERENCE
+    assert choose_backend("reference", torch.device("cuda")) is REFERENCE
+
+
+def test_a_device_that_nobody_has_kernels_for_gets_the_definition() -> None:
+    assert choose_backend("auto", torch.device("meta")) is REFERENCE
 
 
 def test_a_name_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'flash' is no backend. Choose one of: auto, naive, tiled, sdpa, triton"):
-        get_backend("flash", "cpu")
-
-
-def test_triton_on_a_cpu_is_refused_with_a_way_out() -> None:
-    pytest.importorskip("triton")
-    with pytest.raises(
-        ConfigError, match=r"cannot run on a cpu device. Choose attention='auto', or set TRITON_INTERPRET"
-    ):
-        get_backend("triton", torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"kernels='flash' is not possible: .*'auto'.*'reference'"):
+        EngineConfig(kernels="flash")

@@ -14,7 +14,7 @@ from torch import Tensor
 from minillm.attention import tiled
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import TileStep, merge, tiled_attention
-from tests.attention.cases import CASES, Case, check, exact_attention, expected, mutant, rejected
+from tests.attention.cases import CASES, Case, check, exact_attention, expected, mutant
 
 TILES = [(256, 256), (16, 32), (7, 5)]
 
@@ -169,7 +169,7 @@ def test_tiles_that_the_rule_hides_are_never_computed() -> None:
         ("offset = kv_len - q_len", "offset = 0"),
         ("key <= position - sliding_window", "key < position - sliding_window"),
         ("first - sliding_window + 1)", "first - sliding_window + 2)"),
-        ("range(start, min(start + kv_tile, last + 1))", "range(start, start + kv_tile)"),
+        ("range(start, min(start + kv_tile, last + 1))", "range(start, max(start + 1, min(start + kv_tile, last)))"),
         ("base = _finite(m)", "base = m"),
         ("self.l.where(self.l > 0, 1.0)", "self.l"),
         ("(self.m + self.l.log2()) * LN2", "self.m + self.l.log2()"),
@@ -180,10 +180,11 @@ def test_the_oracle_rejects(old: str, new: str, tmp_path: Path) -> None:
     wrong = mutant(tiled, old, new, tmp_path)
 
     def run() -> None:
-        for case in CASES.values():
+        for case in sorted(CASES.values(), key=lambda case: case.q_len > case.kv_len):
             run_tiled(wrong, case, torch.float64, 16, 32)
 
-    assert rejected(run)
+    with pytest.raises(AssertionError):
+        run()
 
 
 @pytest.mark.parametrize(
@@ -202,4 +203,5 @@ def test_merging_is_checked_too(old: str, new: str, tmp_path: Path) -> None:
             run_merge(wrong, spread, [0, 30, 30])
         assert wrong.merge(torch.zeros(2, 1, 4), torch.full((2, 1), float("-inf")))[0].isfinite().all()
 
-    assert rejected(run)
+    with pytest.raises(AssertionError):
+        run()

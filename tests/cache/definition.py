@@ -26,7 +26,7 @@ def as_stored(codec: Codec, x: Tensor, block_size: int) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, kv_format: Format, block_size: int, *, scale: float, window: int | None = None
 ) -> Tensor:
-    """q `[q_len, heads, d]` behind exact k and v `[kv_heads, kv_len, d]`, read as the format stores them -> like q."""
+    """q `[q_len, heads, d]` after exact k and v `[kv_heads, kv_len, d]`, read as the format stores them -> like q."""
     group = q.shape[1] // k.shape[0]
     stored_k, stored_v = (as_stored(c, x, block_size) for c, x in ((kv_format.keys, k), (kv_format.values, v)))
     exact, stored = (q.transpose(0, 1) @ x.repeat_interleave(group, 0).mT for x in (k, stored_k))

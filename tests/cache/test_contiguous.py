@@ -42,8 +42,8 @@ def test_truncate_refuses_to_invent_tokens() -> None:
             cache.truncate(wrong)
 
 
-def test_stale_keys_behind_the_counter_are_never_read() -> None:
-    """Poison: everything behind the counter is NaN, as in memory that was used before."""
+def test_stale_keys_after_the_counter_are_never_read() -> None:
+    """Poison: everything after the counter is NaN, as in memory that was used before."""
     model = random_model(seed=5)
     _, cache = prefill(model, [1, 2, 3, 4, 5, 6])
     cache.truncate(4)

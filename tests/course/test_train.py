@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.config import ModelConfig
-from minillm.course.training import batches, corpus, train
+from minillm.course.training import batches, train
 from minillm.course.training.batches import batch, pack, prepare
 from minillm.course.training.bpe import END_OF_TEXT_ID, train_tokenizer
 from minillm.course.training.loss import compiled, row_loss
 from minillm.course.training.optimizer import Muon, make_optimizers, orthogonalize, tie_head_norms
 from minillm.course.training.train import Run, TrainConfig, initialize, rate_factor
 from minillm.errors import ConfigError
+from minillm.measure import corpus
 from minillm.model.decoder import Decoder
 from minillm.model.loader import load_model
 

@@ -38,7 +38,7 @@ def test_a_mixed_step_is_packed_side_by_side() -> None:
 
 
 def test_slots_are_block_times_size_plus_offset() -> None:
-    engine, plan, batch = mixed_step()
+    engine, _, batch = mixed_step()
     tables = [sequence.table.blocks for sequence in engine.scheduler.running]
     places = [(0, 4), (1, 0), (1, 1), *((2, position) for position in range(7))]
     want = [tables[row][position // 4] * 4 + position % 4 for row, position in places]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minillm.config import EngineConfig
-from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine, TokenEvent
 from minillm.errors import RequestError
 from minillm.generate import generate, prefill
@@ -31,10 +32,7 @@ def random_prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def run(engine: Engine) -> list[TokenEvent]:
-    events = []
-    while engine.has_unfinished:
-        events += engine.step()
-    return events
+    return list(engine.run())
 
 
 def tokens_of(events: list[TokenEvent], request_id: str, index: int = 0) -> list[int]:
@@ -65,8 +63,7 @@ def test_trap_1_a_known_prompt_costs_one_token_and_gives_the_same_logits(length:
         engine.add(prompt, params)
         (event,) = run(engine)
         scores = prefill(engine.model, prompt)[0].log_softmax(-1)
-        assert event.logprobs is not None and event.logprobs[0] is not None
-        for token, candidate in event.logprobs[0].items():
+        for token, candidate in event.request.logprobs[0].items():
             assert candidate.logprob == pytest.approx(float(scores[token]), abs=1e-5)
     assert event.request.num_cached == min(length // 4 * 4, length - 1)
     assert engine.trace[-1].num_tokens == length - event.request.num_cached
@@ -155,8 +152,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     (event,) = run(engine)
     scores = prefill(engine.model, prompt)[0].log_softmax(-1)
     order = scores.argsort(descending=True).tolist()
-    assert event.logprobs is not None and event.logprobs[0] is not None
-    reported, token = event.logprobs[0], event.token_ids[0]
+    reported, token = event.request.logprobs[0], event.token_ids[0]
     assert set(reported) == {token, *order[:3]}
     for candidate, logprob in reported.items():
         assert logprob == Logprob(pytest.approx(float(scores[candidate]), abs=1e-5), order.index(candidate) + 1)
@@ -190,35 +186,62 @@ def test_the_models_end_token_ends_a_completion_without_a_stop_reason() -> None:
     assert (event.token_ids, event.finish_reason, event.request.stop_reason) == ([token], "stop", None)
 
 
-class HostReads(TorchDispatchMode):
-    """Counts operators that make the host wait for a value on the device."""
-
-    WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in self.WAITING
-        return func(*args, **(kwargs or {}))
+READS = ["item", "tolist", "numpy", "cpu", "__int__", "__float__", "__bool__", "__index__", "nonzero"]
 
 
-def test_trap_32_no_layer_and_no_sampler_waits_for_the_device() -> None:
-    """Tokens come to the host once, at the end of the step."""
-    engine = make_engine()
-    for seed in range(3):
-        engine.add(random_prompt(9, seed), SamplingParams(temperature=seed / 2, top_p=0.9, max_tokens=4))
-    for _ in range(2):
-        plan = engine.scheduler.schedule()
-        batch = Batch.pack(plan, 4, engine.model.device)
-        with HostReads() as reads:
-            drawn = engine.runner.run(batch)
-        assert reads.count == 0
-        engine.scheduler.commit(plan, drawn.tokens)
-    with HostReads() as reads:
-        int(torch.ones(1).sum())
-    assert reads.count == 1, "the counter counts"
+@contextmanager
+def counted_reads() -> Iterator[Counter[str]]:
+    """Count every way in which Python makes the host wait for a value on the device.
+
+    On a CPU nothing waits, and `tolist` of a CPU tensor is no operator. So the methods themselves are counted.
+    """
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return method(self, *args, **kwargs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in READS:
+            patch.setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
+        yield counts
+
+
+def busy_engine() -> Engine:
+    """Greedy and sampled requests, cut and penalised ones, with many log-probabilities, of prompts too."""
+    engine = make_engine(max_num_batched_tokens=24)
+    for seed in range(4):
+        engine.add(random_prompt(9, seed), SamplingParams(temperature=seed / 2, top_p=0.9, max_tokens=4, logprobs=20))
+    engine.add(random_prompt(9, 5), SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=20))
+    engine.add(random_prompt(9, 6), SamplingParams(repetition_penalty=2, presence_penalty=1, max_tokens=4, n=2))
+    return engine
+
+
+def test_trap_32_a_step_waits_for_the_device_once() -> None:
+    """Tokens and log-probabilities come to the host in one transfer, at the end of the step."""
+    engine = busy_engine()
+    while engine.has_unfinished:
+        with counted_reads() as reads:
+            engine.step()
+        assert reads == {"tolist": 1}
+
+
+@pytest.mark.parametrize("read", [lambda x: x.item(), float, int, bool, lambda x: x.tolist(), lambda x: x.cpu()])
+def test_the_counter_sees_a_step_that_reads_more(read: Callable[[torch.Tensor], Any]) -> None:
+    engine = busy_engine()
+    process = engine.sampler.rules.process
+
+    def reading(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+        read(logits[0, 0])
+        return process(logits, params)
+
+    engine.sampler.rules = replace(engine.sampler.rules, process=reading)
+    with counted_reads() as reads:
+        engine.step()
+    assert reads.total() == 2
 
 
 def test_bf16_stays_near_float32() -> None:
@@ -230,8 +253,7 @@ def test_bf16_stays_near_float32() -> None:
         engine = make_engine(random_model(dtype=dtype), max_num_batched_tokens=7)
         engine.add(prompt, params)
         (event,) = run(engine)
-        assert event.logprobs is not None and event.logprobs[0] is not None
-        reported.append(event.logprobs[0])
+        reported.append(event.request.logprobs[0])
     common = reported[0].keys() & reported[1].keys()
     assert len(common) > 10
     assert max(abs(reported[0][t].logprob - reported[1][t].logprob) for t in common) < 0.25

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from minillm.cache.blocks import BlockPool, BlockTable
+from minillm.cache.blocks import BlockPool, BlockTable, Prefix
 from minillm.cache.paged import PagedCache
 from minillm.config import POLICIES
+from minillm.engine import sampler
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine
 from minillm.engine.request import Request
-from minillm.engine.runner import ModelRunner
+from minillm.engine.sampler import Row
 from minillm.engine.scheduler import Scheduled, Scheduler, StepPlan
 from tests.engine import scripted, test_fuzz
 from tests.engine.workloads import compare, play, random_workload
@@ -23,8 +26,10 @@ from tests.engine.workloads import compare, play, random_workload
 NUM_SEEDS = 150
 
 
-def _always_samples(self: StepPlan, sequence: Request, num_tokens: int, copies: list[tuple[int, int]]) -> None:
-    self.scheduled[sequence] = Scheduled(sequence, num_tokens, copies, [sequence, *sequence.spawn()])
+def _always_samples(
+    self: StepPlan, request: Request, num_tokens: int, copies: list[tuple[int, int]], num_known: int
+) -> None:
+    self.scheduled[request] = Scheduled(request, num_tokens, copies, [request, *request.spawn()], num_known)
     self.budget -= num_tokens
 
 
@@ -48,45 +53,41 @@ def _preempt_oldest(self: Scheduler, plan: StepPlan) -> None:
 _right_preempt = Scheduler._preempt_youngest
 
 
-def _finish_at_once(self: Scheduler, sequence: Request, reason: Any, stop_reason: str | None = None) -> None:
-    if not sequence.finished:
-        sequence.finish_reason = reason
-        self._retire(sequence)
-
-
 def _admit_any_number(self: Scheduler, plan: StepPlan) -> None:
     while self.waiting and self._joinable and plan.budget and not plan.preempted:
-        sequence = next(iter(self.waiting.values()))
-        if len(plan.scheduled) >= self.config.max_num_seqs or not self._start(plan, sequence):
+        request = next(iter(self.waiting.values()))
+        if len(plan.scheduled) >= self.config.max_num_seqs or not self._start(plan, request):
             return
-        del self.waiting[sequence.order]
-        self.running.append(sequence)
+        del self.waiting[request.order]
+        self.running.append(request)
+        plan.admitted.append(request)
 
 
 def _named_when_scheduled(self: Scheduler) -> StepPlan:
     plan = _right_schedule(self)
-    for sequence, part in plan.scheduled.items():
-        self.pool.commit(sequence.table, sequence.tokens, sequence.num_computed + part.num_tokens)
+    for request, part in plan.scheduled.items():
+        self.pool.commit(request.table, request.tokens, request.num_computed + part.num_tokens)
     return plan
 
 
 _right_schedule = Scheduler.schedule
 
 
-def _budget_before_the_hit(self: Scheduler, plan: StepPlan, sequence: Request) -> bool:
-    num_tokens = min(sequence.num_remaining, plan.budget)
-    table, start = self.pool.open(sequence.tokens, sequence.salt)
-    copies = self.pool.prepare(table, start, sequence.num_tokens)
-    if copies is None:
-        self.pool.release(table)
+def _budget_before_the_hit(self: Scheduler, plan: StepPlan, request: Request) -> bool:
+    num_tokens = min(request.num_remaining, plan.budget)
+    hits = self.pool.lookup(request.tokens, request.cache_salt)
+    if not self.pool.fits(hits, request.num_tokens, 0):
         return False
-    sequence.table, sequence.num_computed = table, start
-    plan.add(sequence, num_tokens, copies)
+    request.table, request.num_computed = self.pool.open(request.tokens, hits, request.cache_salt)
+    copies = self.pool.prepare(request.table, request.num_computed, request.num_tokens) or []
+    plan.add(request, num_tokens, copies, 0)
     return True
 
 
-def _no_truncation(self: BlockPool, tokens: list[int], salt: object = None) -> tuple[BlockTable, int]:
-    table, _ = _right_open(self, tokens, salt)
+def _no_truncation(
+    self: BlockPool, tokens: list[int], hits: list[Prefix], cache_salt: str | None = None
+) -> tuple[BlockTable, int]:
+    table, _ = _right_open(self, tokens, hits, cache_salt)
     return table, min(len(table.blocks) * self.block_size, len(tokens))
 
 
@@ -100,7 +101,7 @@ def _packed(wrong: Callable[[Batch], Batch]) -> Any:
 
 
 def _positions_from_zero(batch: Batch) -> Batch:
-    q_lens = batch.layout.q_lens
+    q_lens = batch.metadata.q_lens
     return replace(batch, positions=torch.cat([torch.arange(q_len) for q_len in q_lens]))
 
 
@@ -108,37 +109,65 @@ def _first_rows(batch: Batch) -> Batch:
     return replace(batch, logit_indices=(batch.logit_indices - 1).clamp_min(0))
 
 
-SCHEDULING: dict[str, tuple[type, str, Any]] = {
-    "trap 1: a full hit leaves no query": (BlockPool, "open", _no_truncation),
-    "trap 6: blocks are named before they are computed": (Scheduler, "schedule", _named_when_scheduled),
-    "trap 11: blocks are not copied": (StepPlan, "copies", property(lambda self: [])),
-    "trap 13: what can never fit is admitted": (Engine, "_refuse", lambda self, *args: None),
-    "trap 16: the cap counts this step only": (Scheduler, "_admit", _admit_any_number),
-    "trap 17: the budget ignores the hit": (Scheduler, "_start", _budget_before_the_hit),
-    "trap 18: chunks are sampled from": (StepPlan, "add", _always_samples),
+TOKENS = r"request \d+, completion \d+"  # what `compare` says: others than those of running alone
+SCHEDULING: dict[str, tuple[type, str, Any, str]] = {
+    "trap 1: a full hit leaves no query": (BlockPool, "open", _no_truncation, "computes tokens that it has"),
+    "trap 6: blocks are named before they are computed": (
+        Scheduler,
+        "schedule",
+        _named_when_scheduled,
+        "is written by one owner, unnamed",
+    ),
+    "trap 11: blocks are not copied": (StepPlan, "copies", property(lambda self: []), TOKENS),
+    "trap 13: what can never fit is admitted": (
+        Engine,
+        "check",
+        lambda self, *args: None,
+        "at least one request advances",
+    ),
+    "trap 16: the cap counts this step only": (Scheduler, "_admit", _admit_any_number, "at most max_num_seqs run"),
+    "trap 17: the budget ignores the hit": (
+        Scheduler,
+        "_start",
+        _budget_before_the_hit,
+        "computes tokens that it has",
+    ),
+    "trap 18: chunks are sampled from": (StepPlan, "add", _always_samples, TOKENS),
     "trap 19: whoever has output decodes": (
         Request,
         "num_remaining",
         property(lambda self: 1 if self.num_generated else len(self.tokens) - self.num_computed),
+        TOKENS,
     ),
     "trap 20: preemption drops generated tokens": (
         Scheduler,
         "_preempt_youngest",
         _preempt(lambda victim: victim.tokens.__delitem__(slice(victim.num_prompt, None))),
+        TOKENS,
     ),
-    "trap 21: an aborted step's blocks are freed at once": (Scheduler, "finish", _finish_at_once),
-    "trap 28: positions start at the chunk": (Batch, "pack", _packed(_positions_from_zero)),
-    "the oldest is preempted": (Scheduler, "_preempt_youngest", _preempt_oldest),
-    "the wrong row is sampled from": (Batch, "pack", _packed(_first_rows)),
-    "a fork gets its parent's own table": (BlockPool, "fork", lambda self, table: table),
+    "trap 21: an aborted step's blocks are freed at once": (
+        Scheduler,
+        "finish",
+        lambda self, request: self._retire(request),
+        "has blocks for what it computes",
+    ),
+    "trap 28: positions start at the chunk": (Batch, "pack", _packed(_positions_from_zero), TOKENS),
+    "the oldest is preempted": (
+        Scheduler,
+        "_preempt_youngest",
+        _preempt_oldest,
+        "requests are sorted by arrival|the preempted are not scheduled",
+    ),
+    "the wrong row is sampled from": (Batch, "pack", _packed(_first_rows), TOKENS),
+    "a fork gets its parent's own table": (BlockPool, "fork", lambda self, table: table, "counts the tables"),
 }
 
 
 @pytest.mark.parametrize("mutant", SCHEDULING)
 def test_the_scripted_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, wrong = SCHEDULING[mutant]
+    owner, name, wrong, found = SCHEDULING[mutant]
     monkeypatch.setattr(owner, name, wrong)
-    with pytest.raises(Exception):  # noqa: B017 - a wrong engine may break in any way, but it must break
+    with pytest.raises(AssertionError, match=found):
         for seed in range(NUM_SEEDS):
             for policy in POLICIES:
                 workload = random_workload(seed, policy)
@@ -149,34 +178,41 @@ def test_the_scripted_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -
                 )
 
 
-def _one_stream_for_all(self: ModelRunner, sequence: Request) -> torch.Generator | None:
-    if sequence.params.greedy:
-        return None
-    if not hasattr(self, "shared"):
-        self.shared = sequence.params.generator(sequence.index, engine_seed=sequence.seed)  # type: ignore[attr-defined]
-    return self.shared  # type: ignore[attr-defined,no-any-return]
+def _streams(number: Callable[[Request, int], float]) -> Callable[..., Tensor | None]:
+    """Numbers to draw with that are chosen by `number(request, output position)`."""
+
+    def stream_numbers(rows: Sequence[Row], seed: int, device: torch.device) -> Tensor | None:
+        if all(request.params.greedy for request, _ in rows):
+            return None
+        chosen = [number(request, request.num_generated + len(drafts)) for request, drafts in rows]
+        return torch.tensor(chosen, dtype=torch.float64, device=device)
+
+    return stream_numbers
 
 
-def _same_stream_for_each_completion(self: ModelRunner, sequence: Request) -> torch.Generator | None:
-    if not sequence.params.greedy and sequence.generator is None:
-        sequence.generator = sequence.params.generator(0, engine_seed=sequence.seed)
-    return sequence.generator
-
-
-def _copy_the_keys_only(self: PagedCache, copies: list[tuple[int, int]]) -> None:
-    for source, target in copies:
+def _copy_the_keys_only(self: PagedCache, copies: Tensor) -> None:
+    for source, target in copies.tolist():
         for pool in self.keys:
             pool[:, target] = pool[:, source]
 
 
-ARITHMETIC: dict[str, tuple[type, str, Any]] = {
+_drawn = count()
+ARITHMETIC: dict[str, tuple[object, str, Any]] = {
     "trap 20: preemption restarts the random stream": (
-        Scheduler,
-        "_preempt_youngest",
-        _preempt(lambda victim: setattr(victim, "generator", None)),
+        sampler,
+        "stream_numbers",
+        _streams(lambda r, position: r.params.random(r.index, 0 if r.num_preemptions else position)),
     ),
-    "requests share a random stream": (ModelRunner, "_generator", _one_stream_for_all),
-    "trap 36: all completions draw the same": (ModelRunner, "_generator", _same_stream_for_each_completion),
+    "requests share a random stream": (
+        sampler,
+        "stream_numbers",
+        _streams(lambda r, position: r.params.random(r.index, next(_drawn))),
+    ),
+    "trap 36: all completions draw the same": (
+        sampler,
+        "stream_numbers",
+        _streams(lambda r, position: r.params.random(0, position)),
+    ),
     "values are not copied": (PagedCache, "copy", _copy_the_keys_only),
     "trap 28: positions start at the chunk": (Batch, "pack", _packed(_positions_from_zero)),
 }
@@ -186,9 +222,19 @@ ARITHMETIC: dict[str, tuple[type, str, Any]] = {
 def test_the_fuzz_with_a_model_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name, wrong = ARITHMETIC[mutant]
     monkeypatch.setattr(owner, name, wrong)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError, match=TOKENS):
         for seed in range(NUM_SEEDS):
             for policy in POLICIES:
                 workload = random_workload(seed, policy)
                 engine = Engine(test_fuzz.tiny_model(), workload.config)
                 compare(play(engine, workload), test_fuzz.alone_all(workload), workload)
+
+
+def test_random_numbers_that_are_put_in_place_of_the_right_ones_can_be_right() -> None:
+    """The mutants above die of what is wrong in them: with the right position and index nothing is found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "stream_numbers", _streams(lambda r, position: r.params.random(r.index, position)))
+        for seed in range(10):
+            workload = random_workload(seed, "mixed")
+            engine = Engine(test_fuzz.tiny_model(), workload.config)
+            compare(play(engine, workload), test_fuzz.alone_all(workload), workload)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Generator, Tensor
 
-from minillm.engine import verify as module
-from minillm.engine.proposer import Draft
-from minillm.engine.verify import given_draft, verify
-from minillm.sampling import SamplingParams, probs_from_logits
+from minillm.engine.verify import Draft, accept, given_draft, given_drafts, num_accepted
+from minillm.sampling import SamplingParams, probs_from_logits, sample
 from tests.speculative.chance import (
     GivenDraft,
     chi_square,
@@ -23,6 +22,12 @@ from tests.speculative.chance import (
 )
 
 SAMPLES = 20_000
+Stream = Callable[[int, int, int], Tensor]
+
+
+def verify(rows: Tensor, drafts: list[Draft], u: Tensor | None, given: GivenDraft = given_draft) -> list[list[int]]:
+    """As the sampler does it: replace the rows of drawn drafts, draw one token for each row, accept."""
+    return accept(drafts, sample(given_drafts(rows, drafts, given), u).tolist())
 
 
 def _recover_from_p(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
@@ -114,9 +119,30 @@ def test_accepted_recovered_and_bonus_tokens_of_a_ragged_batch() -> None:
     """Greedy: every row's distribution is one token."""
     rows = torch.eye(6)[[1, 2, 3, 4, 0, 5, 0, 0, 0]]
     drafts = [Draft([1, 2, 3]), Draft([]), Draft([4, 5]), Draft([])]
-    tokens = verify(rows, drafts, [None] * 4)
+    tokens = verify(rows, drafts, None)
     assert tokens == [[1, 2, 3, 4], [0], [5], [0]]
-    assert verify(rows[:4], [Draft([1, 5, 3])], [None]) == [[1, 2]]
+    assert verify(rows[:4], [Draft([1, 5, 3])], None) == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("drafts", "drawn", "count"),
+    [([], [4], 0), ([4], [4, 5], 1), ([4, 5, 6], [4, 5, 6, 7], 3), ([4, 5, 6], [4, 9, 6, 7], 1), ([4, 5], [4], 1)],
+)
+def test_drafts_are_accepted_up_to_the_first_that_differs(drafts: list[int], drawn: list[int], count: int) -> None:
+    """By hand; what was drawn may be cut short, because a text may end inside an accepted run."""
+    assert num_accepted(drafts, drawn) == count
+
+
+def test_rows_of_certain_and_drawn_drafts_are_told_apart() -> None:
+    """Only rows at drawn drafts are replaced: not the bonus row, not those of guesses that were not drawn."""
+    target, proposal = random_probs(2, 7, 5, seed=0)
+    drafts = [Draft([1, 2]), Draft([3], proposal[:1]), Draft(), Draft([4], proposal[1:2])]
+    rows = target[[0, 1, 2, 3, 4, 5, 6, 0]]
+    got = given_drafts(rows, drafts, given_draft)
+    want = rows.clone()
+    want[3] = given_draft(rows[3:4], proposal[:1], torch.tensor([3]))[0]
+    want[6] = given_draft(rows[6:7], proposal[1:2], torch.tensor([4]))[0]
+    assert torch.equal(got, want) and not torch.equal(got, rows)
 
 
 def draw(rows: Tensor, generator: Generator) -> Tensor:
@@ -126,7 +152,7 @@ def draw(rows: Tensor, generator: Generator) -> Tensor:
 def rounds(
     target: Tensor, proposal: Tensor | None, count: int, start: int, seed: int, given: GivenDraft = given_draft
 ) -> Tensor:
-    """What `count` sequences say in three tokens, [count, 3]: batches with 0 to 3 drafts each, all sampled.
+    """What `count` requests say in three tokens, [count, 3]: batches with 0 to 3 drafts each, all sampled.
 
     Without a proposal the guesses are fixed. Whoever is short of three tokens draws the rest from the target.
     """
@@ -136,8 +162,8 @@ def rounds(
         places = range(first, min(first + 500, count))
         drafts = _drafts(proposal, len(places), start, helper)
         rows = target[[before for draft in drafts for before in [start, *draft.tokens]]]
-        generators = [Generator().manual_seed(seed * count + place) for place in places]
-        for place, tokens in zip(places, verify(rows, drafts, generators, given=given), strict=True):
+        u = torch.rand(len(rows), dtype=torch.float64, generator=helper)
+        for place, tokens in zip(places, verify(rows, drafts, u, given), strict=True):
             said[place, : len(tokens)] = torch.tensor(tokens)
     for place in (1, 2):
         said[:, place] = torch.where(said[:, place] < 0, draw(target[said[:, place - 1]], helper), said[:, place])
@@ -202,9 +228,14 @@ def test_chi_square_rejects_drafts_that_were_drawn_from_something_else() -> None
 # --- random streams --------------------------------------------------------------------------------------------------
 
 
-def say(target: Tensor, count: int, guess: random.Random | None, seed: int) -> list[int]:
+def numbers(seed: int, start: int, count: int) -> Tensor:
+    """The numbers of output tokens `start`, `start` + 1, … of the request with this seed, float64 [count]."""
+    params = SamplingParams(seed=seed)
+    return torch.tensor([params.random(0, start + i) for i in range(count)], dtype=torch.float64)
+
+
+def say(target: Tensor, count: int, guess: random.Random | None, seed: int, stream: Stream = numbers) -> list[int]:
     """`count` tokens of a first-order model, with guesses of which about half are right, or without."""
-    generator = Generator().manual_seed(seed)
     plain = say(target, count + 4, None, seed) if guess else []
     tokens = [0]
     while len(tokens) <= count:
@@ -212,7 +243,8 @@ def say(target: Tensor, count: int, guess: random.Random | None, seed: int) -> l
         if guess:
             right = plain[len(tokens) - 1 :][: guess.randrange(4)]
             draft = Draft([token if guess.random() < 0.6 else guess.randrange(len(target)) for token in right])
-        tokens += verify(target[[tokens[-1], *draft.tokens]], [draft], [generator])[0]
+        u = stream(seed, len(tokens) - 1, 1 + len(draft))
+        tokens += verify(target[[tokens[-1], *draft.tokens]], [draft], u)[0]
     return tokens[1 : count + 1]
 
 
@@ -223,21 +255,27 @@ def test_guesses_do_not_shift_the_random_stream() -> None:
         assert say(target, 40, random.Random(seed), seed) == say(target, 40, None, seed), seed
 
 
-def test_rows_drawn_in_vain_would_shift_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_streams", lambda drafts, generators, marks: _right(drafts, generators, {}))
-    target = tables()[0]
-    assert any(say(target, 40, random.Random(seed), seed) != say(target, 40, None, seed) for seed in range(30))
+def test_rows_drawn_in_vain_would_shift_it() -> None:
+    """A stream that is counted by what was drawn, not by what was said."""
+    target, drawn = tables()[0], 0
+
+    def in_turn(seed: int, start: int, count: int) -> Tensor:
+        nonlocal drawn
+        drawn += count
+        return numbers(seed, drawn - count, count)
+
+    different = 0
+    for seed in range(30):
+        drawn = 0
+        different += say(target, 40, random.Random(seed), seed, in_turn) != say(target, 40, None, seed)
+    assert different > 15
 
 
-_right = module._streams
-
-
-def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
+def test_a_request_does_not_depend_on_its_neighbours() -> None:
     target, proposal = tables()
-    drafts = _drafts(proposal, 4, 0, Generator().manual_seed(0))
-    rows = [target[[0, *draft.tokens]] for draft in drafts]
-    alone = [
-        verify(row, [draft], [Generator().manual_seed(i)])[0]
-        for i, (row, draft) in enumerate(zip(rows, drafts, strict=True))
-    ]
-    assert verify(torch.cat(rows), drafts, [Generator().manual_seed(i) for i in range(4)]) == alone
+    for seed in range(20):
+        drafts = _drafts(proposal, 4, 0, Generator().manual_seed(seed))
+        rows = [target[[0, *draft.tokens]] for draft in drafts]
+        u = [numbers(4 * seed + place, 0, len(row)) for place, row in enumerate(rows)]
+        alone = [verify(row, [draft], numbers)[0] for row, draft, numbers in zip(rows, drafts, u, strict=True)]
+        assert verify(torch.cat(rows), drafts, torch.cat(u)) == alone, seed

@@ -121,5 +121,5 @@ def test_nothing_to_summarise_is_refused() -> None:
 
 
 def test_ratios_of_different_runs_are_refused() -> None:
-    with pytest.raises(ConfigError, match="2 times against 1"):
+    with pytest.raises(ConfigError, match="2 times cannot be paired with 1"):
         pair_ratio(Timing((1, 2)), Timing((1,)))

@@ -89,9 +89,9 @@ def test_prompts_come_from_held_out_text(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
-    with pytest.raises(ConfigError, match="somebody must guess"):
+    with pytest.raises(ConfigError, match="give the engine a proposer"):
         bench_spec(Engine(tiny_model(), CONFIG), PROMPTS, batch=1, num_drafts=[2])
-    with pytest.raises(ConfigError, match="numbers are at least 1"):
+    with pytest.raises(ConfigError, match="choose numbers of at least 1"):
         bench_spec(Engine(tiny_model(), CONFIG, NgramProposer()), PROMPTS, batch=1, num_drafts=[0])
     small = replace(CONFIG, trace_bytes=3000)
     with pytest.raises(ConfigError, match="trace_bytes=3000 do not hold all steps"):

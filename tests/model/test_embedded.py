@@ -20,8 +20,8 @@ from torch import Tensor
 
 from minillm.course.training.batches import windows
 from minillm.course.training.bpe import END_OF_TEXT_ID
-from minillm.course.training.corpus import held_out_texts
 from minillm.generate import generate
+from minillm.measure.corpus import held_out_texts
 from minillm.model.decoder import Decoder
 from minillm.model.loader import EMBEDDED, RandomWeights, assemble, load_model
 from minillm.model.tokenizer import Tokenizer, load_tokenizer

@@ -81,7 +81,7 @@ def test_statistics_have_vllms_names_and_meanings(root: Path) -> None:
 
 
 def test_a_draft_model_with_other_tokens_is_refused(root: Path) -> None:
-    with pytest.raises(ConfigError, match="has 99 tokens in its vocabulary, the model it is to guess for has 256"):
+    with pytest.raises(ConfigError, match="has 99 tokens in its vocabulary, but the model that it guesses for has 256"):
         make(root, str(root / "foreign"))
 
 
@@ -101,7 +101,7 @@ def test_a_vocabulary_of_the_right_size_with_other_tokens_is_refused(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("minillm.speculative.load_tokenizer", lambda name: spelled(("a", "q"), ("b", "7")))
-    with pytest.raises(ConfigError, match=r"Token 22 is 'b' to the draft model .*/draft' and '7' .*; 4 of 256 tokens"):
+    with pytest.raises(ConfigError, match=r"Token 22 is 'b' for the draft model .*/draft', but '7' .*; 4 of 256"):
         make(root, str(root / "draft"))
     make(root, "ngram")
 

@@ -8,11 +8,11 @@ from itertools import product
 
 import pytest
 import torch
+from minillm.engine.proposer import Draft
 from torch import Tensor
 
 from minillm.attention.reference import visible
 from minillm.cache.contiguous import ContiguousCache
-from minillm.engine.proposer import Draft
 from minillm.engine.verify import verify
 from minillm.generate import extend, generate, prefill
 from minillm.model.decoder import Decoder
@@ -135,7 +135,7 @@ def guesses_around(truth: list[int], vocab: int) -> Guess:
     """Four guesses: parts of what will be said, some of it spoiled."""
 
     def guess(said: list[int], rng: random.Random) -> list[list[int]]:
-        right, ahead = rng.choice([0.1, 0.9]), truth[len(said) :][:4]
+        right, ahead = rng.choice([0.1, 0.6, 0.9]), truth[len(said) :][:4]
         return [[t if rng.random() < right else rng.randrange(vocab) for t in ahead] for _ in range(4)]
 
     return guess

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from minillm.course.training.bpe import END_OF_TEXT_ID, VOCAB_SIZE, save_tokenizer, train_tokenizer
-from minillm.course.training.corpus import held_out_texts, training_documents
 from minillm.errors import ConfigError
+from minillm.measure.corpus import held_out_texts, training_documents
 
 log = logging.getLogger(__name__)
 

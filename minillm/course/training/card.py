@@ -93,7 +93,7 @@ float32 weights |
 | command | `{f.command}` |
 
 The held-out texts are files of the standard library chosen by a hash of their name; no training run reads them
-(`minillm.course.training.corpus.held_out_texts`). {f.held_out_bytes_per_token:.2f} bytes make one token there.
+(`minillm.measure.corpus.held_out_texts`). {f.held_out_bytes_per_token:.2f} bytes make one token there.
 
 ## What it is
 

@@ -130,8 +130,8 @@ def _width(kv_len: int) -> int:
 
 def _padded(group: list[int], metadata: AttentionMetadata, pool: Tensor) -> DecodeGroup:
     kv_heads, num_blocks, block_size, _ = pool.shape
-    kv_lens = torch.tensor([[metadata.kv_lens[index]] for index in group])
-    key = torch.arange(-_width(int(kv_lens[-1])), 0) + kv_lens
+    kv_lens = [metadata.kv_lens[index] for index in group]
+    key = torch.arange(-_width(kv_lens[-1]), 0) + torch.tensor(kv_lens)[:, None]
     real = key.clamp(min=0)
     slots = metadata.block_tables[group].gather(1, real // block_size) * block_size + real % block_size
     heads = torch.arange(kv_heads)[:, None, None] * (num_blocks * block_size)

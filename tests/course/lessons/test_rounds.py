@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from minillm.config import EngineConfig
@@ -45,6 +47,19 @@ def test_accepted_guesses_are_counted() -> None:
     assert [Round([1, 2], said, 0, 0).num_accepted for said in ([1, 2, 3], [1, 3], [3], [1])] == [2, 1, 0, 1]
 
 
-def test_an_engine_without_a_guesser_is_refused() -> None:
-    with pytest.raises(ConfigError, match="an engine with a proposer"):
-        next(rounds(Engine(tiny_model(), CONFIG), PROMPT, SamplingParams()))
+def test_whoever_stops_listening_leaves_no_request_behind() -> None:
+    engine = Engine(tiny_model(), CONFIG, NgramProposer(min_match=1))
+    told = rounds(engine, PROMPT, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    next(told)
+    del told
+    assert not engine.has_unfinished and engine.pool.num_free == engine.pool.num_usable
+    assert isinstance(engine.proposer, NgramProposer) and not engine.proposer._indices
+
+
+def test_an_engine_without_a_guesser_or_without_records_or_with_other_requests_is_refused() -> None:
+    silent = Engine(tiny_model(), replace(CONFIG, trace_bytes=0), NgramProposer())
+    busy = Engine(tiny_model(), CONFIG, NgramProposer())
+    busy.add(PROMPT)
+    for engine in (Engine(tiny_model(), CONFIG), silent, busy):
+        with pytest.raises(ConfigError, match="an engine with a proposer and a trace"):
+            next(rounds(engine, PROMPT, SamplingParams()))

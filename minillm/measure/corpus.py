@@ -1,4 +1,6 @@
-"""The text that the embedded models learn from: Python source that every machine with this project has.
+"""Python source that every machine with this project has: what the embedded models learn from, and what they never saw.
+
+The benchmarks of quality take the text that is held out, the training takes the rest; so the corpus stands below both.
 
 The standard library and the installed dependencies, with three rules. Only readable code: no tests, no vendored
 copies, no generated files, no tables. Only once: a file that exists twice is read once. And the balance is ours:
