@@ -12,7 +12,7 @@ the machine, its ceilings and the date.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -24,13 +24,15 @@ from attention_work import COLD_BYTES, SHAPES, Call
 from recording import record
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, PagedAttention, get_backend, get_quantized_backend
+from minillm import seams
+from minillm.attention import AttentionMetadata, PagedAttention, get_backend
 from minillm.measure.bench import interleaved, pair_ratio, quartiles
-from minillm.quantization.attention import Tails, quantized_attention
-from minillm.quantization.formats import FORMATS, QuantizedPool
+from minillm.quantization import attention as twin
+from minillm.quantization.formats import FORMATS, decode
 
-BLOCK_SIZE = 32  # of int4; the others take it as well, so that only the format differs
+BLOCK_SIZE = 16
 PLAIN, DECODED_FIRST = "plain", "int8 decoded first"
+Parts = tuple[Tensor, ...]  # what keys or values are stored in
 DEFAULTS = {
     "shapes": ["llama-3.1-8b"],
     "contexts": [1024 * 2**i for i in range(8)],
@@ -43,14 +45,14 @@ DEFAULTS = {
 class KvDecodes:
     """One new token for each of `batch` sequences, in several layers whose caches hold the same numbers in a format.
 
-    Blocks are scattered. `layers` are keys and values: pools `[kv_heads, num_blocks, BLOCK_SIZE, d]`, or codes.
+    Blocks are scattered. `layers` are keys and values, each the parts that it is stored in: a pool
+    `[kv_heads, num_blocks, BLOCK_SIZE, d]`, or codes and ranges.
     """
 
     name: str  # a candidate
     q: Tensor  # [batch, heads, d]
-    layers: list[tuple[Any, Any]]
+    layers: list[tuple[Parts, Parts]]
     layout: AttentionMetadata
-    tails: Tails | None
 
     @classmethod
     def random(
@@ -66,15 +68,9 @@ class KvDecodes:
         layer = _stored(name, keys, values)
         num_layers = max(1, cold_bytes // sum(map(_nbytes, layer)))
         tables = torch.randperm(batch * count).view(batch, count).tolist()
-        build = partial(AttentionMetadata.build, block_size=BLOCK_SIZE, device=device)
-        layout = build(tables, [1] * batch, [context] * batch)
-        tails = None
-        if name in FORMATS and FORMATS[name].needs_tails:
-            newest = torch.tensor([table[-1] for table in tables], device=device)
-            exact = torch.cat([keys[:, :1] * 0, keys[:, newest]], dim=1)
-            tail_tables = [[0] * (count - 1) + [1 + i] for i in range(batch)]
-            tails = Tails(exact, build(tail_tables, [1] * batch, [context] * batch))
-        return cls(name, q, [layer, *(_stored(name, keys, values) for _ in range(num_layers - 1))], layout, tails)
+        lengths = [1] * batch, [context] * batch
+        layout = AttentionMetadata.build(tables, *lengths, block_size=BLOCK_SIZE, device=device)
+        return cls(name, q, [layer, *(_stored(name, keys, values) for _ in range(num_layers - 1))], layout)
 
     @property
     def bytes(self) -> int:
@@ -82,16 +78,19 @@ class KvDecodes:
         return sum(map(_nbytes, self.layers[0]))
 
     def call(self, backend: str = "auto") -> Call:
-        """All layers, one after the other, by a backend of `minillm.attention`; returns the output of the last."""
+        """All layers, one after the other; returns the output of the last. Plain pools by this backend."""
+        if self.name == PLAIN:
+            return partial(self._run, _plain(get_backend(backend, self.q.device)))
         if self.name == DECODED_FIRST:
-            return partial(self._run, partial(_decoded_first, get_backend(backend, self.q.device)))
-        find = get_quantized_backend if self.name in FORMATS else get_backend
-        return partial(self._run, find(backend, self.q.device))
+            return partial(self._run, _decoded_first(get_backend(backend, self.q.device)))
+        device = "cuda" if backend == "triton" else self.q.device.type
+        reader: Any = seams.offer("quantized_attention", device) or twin
+        plan = reader.prepare(self.layout, self.q.shape[1] // len(self.layers[0][0][0]))
+        return partial(self._run, reader.quantized_attention, plan)
 
-    def _run(self, backend: PagedAttention) -> Tensor:
-        options: dict[str, Any] = {"tails": self.tails} if self.name in FORMATS else {}
+    def _run(self, attention: Callable[..., Tensor], plan: Any = None) -> Tensor:
         for keys, values in self.layers:
-            out = backend(self.q, keys, values, self.layout, scale=self.q.shape[2] ** -0.5, **options)
+            out = attention(self.q, keys, values, plan or self.layout, scale=self.q.shape[2] ** -0.5)
         return out
 
     def error(self, out: Tensor) -> float:
@@ -99,38 +98,40 @@ class KvDecodes:
         keys, values = self.layers[-1]
         scale, q = self.q.shape[2] ** -0.5, self.q.float()
         if self.name == PLAIN:
-            exact = get_backend("naive", q.device)(q, keys.float(), values.float(), self.layout, scale=scale)
+            exact = get_backend("naive", q.device)(q, keys[0].float(), values[0].float(), self.layout, scale=scale)
         else:
-            exact = quantized_attention(q, keys, values, self.layout, scale=scale, tails=self.tails)
+            exact = twin.quantized_attention(q, keys, values, self.layout, scale=scale)
         return (out.float() - exact).abs().max().item()
 
 
-def _stored(name: str, keys: Tensor, values: Tensor) -> tuple[Any, Any]:
+def _stored(name: str, keys: Tensor, values: Tensor) -> tuple[Parts, Parts]:
     """Keys and values `[kv_heads, num_blocks, BLOCK_SIZE, d]` in memory of their own, as the candidate keeps them."""
     if name == PLAIN:
-        return keys.clone(), values.clone()
-    form = FORMATS[name.split()[0]]
-    pools = []
-    for codec, x in ((form.keys, keys), (form.values, values)):
-        kv_heads, num_blocks, block_size, d = x.shape
-        pool = QuantizedPool(codec, (kv_heads, num_blocks, block_size, d), x.device)
-        for some in torch.arange(num_blocks, device=x.device).split(1024):
-            pool.write_blocks(x[:, some], some)
-        pools.append(pool)
-    return pools[0], pools[1]
+        return (keys.clone(),), (values.clone(),)
+    return _encoded(name.split()[0], keys), _encoded(name.split()[0], values)
 
 
-def _nbytes(pool: Any) -> int:
-    return sum(tensor.nbytes for tensor in ((pool,) if isinstance(pool, Tensor) else pool.tensors))
+def _encoded(name: str, x: Tensor) -> Parts:
+    """Codes and ranges, a thousand blocks at a time: what encoding needs in between is much larger than these."""
+    parts = [FORMATS[name].encode(some) for some in x.split(1024, 1)]
+    return tuple(
+        torch.cat([one.view(torch.uint8) for one in part], 1).view(part[0].dtype) for part in zip(*parts, strict=True)
+    )
 
 
-def _decoded_first(
-    backend: PagedAttention, q: Tensor, keys: Any, values: Any, layout: AttentionMetadata, **options: Any
-) -> Tensor:
+def _nbytes(parts: Parts) -> int:
+    return sum(part.nbytes for part in parts)
+
+
+def _plain(backend: PagedAttention) -> Callable[..., Tensor]:
+    return lambda q, keys, values, *rest, **options: backend(q, *keys, *values, *rest, **options)
+
+
+def _decoded_first(backend: PagedAttention) -> Callable[..., Tensor]:
     """What formats must not be: every block decoded, whatever is read of it."""
-    everything = torch.arange(keys.tensors[0].shape[1])
-    pools = (pool.read(everything).to(q.dtype) for pool in (keys, values))
-    return backend(q, *pools, layout, **options)
+    return lambda q, *stored, **options: backend(
+        q, *(decode(*parts).to(q.dtype) for parts in stored[:2]), *stored[2:], **options
+    )
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -145,7 +146,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
         plain = per_layer[args.candidates[0]]
         found = {
             name: {
-                "bits": 8 * work.bytes / (2 * works[args.candidates[0]].layers[0][0].numel()),
+                "bits": 8 * work.bytes / (2 * works[args.candidates[0]].layers[0][0][0].numel()),
                 "bytes": work.bytes,
                 "layers": len(work.layers),
                 "max_error": errors[name],

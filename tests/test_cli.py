@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 
 import minillm.llm
 from minillm import LLM, SamplingParams
-from minillm.cli import console, main
+from minillm.cli import main, screen
 from minillm.cli.console import number, quantity
 from minillm.course.training.bpe import save_tokenizer, train_tokenizer
 from minillm.course.training.train import History, TrainConfig
@@ -61,7 +62,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.setattr(hardware, "_measure", lambda machine, device: replace(HARDWARE, machine=machine))
     monkeypatch.setattr(hardware, "MATMUL_SIZES", (32,))
     monkeypatch.setattr("minillm.measure.bench_latency.read_buffer", lambda machine, device: _small_buffer())
-    console.out.width = console.err.width = 80
+    screen.out.width = screen.err.width = 80
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -170,6 +171,23 @@ def test_chat_remembers_the_conversation(
     assert prompts[0] == "system: be kind\nuser: hello\nassistant:"
     assert prompts[1].startswith(prompts[0]) and prompts[1].endswith("\nuser: again\nassistant:")
     assert capsys.readouterr().err.count("3 new") == 2
+
+
+def test_a_refusal_within_a_dialogue_is_an_answer(
+    chatty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions that fit and questions that do not, in any order: each gets an answer or a reason, and none ends it."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    lines = [rng.choice(["hello", "x" * 700, "/forget", "/new"]) for _ in range(8)]
+    lines += ["x" * 200] * 3 + ["/forget", "/forget", "hi", "/new", "\udcff \x1b[31m", "hello"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert run("chat", "--model", chatty, "--system", "be kind", "--max-tokens", "3", "--temperature", "0") == 0
+    told = capsys.readouterr().err
+    asked = sum(not line.startswith("/") for line in lines)
+    assert told.count("3 new") + told.count("This question was not kept.") == asked, f"{seed=}"
+    assert told.count("earlier questions.") == len(lines) - asked
+    assert "The model now sees 0 earlier questions." in told and f"{POSITIONS}" in told and "3 new" in told
 
 
 def test_doctor_shows_the_ceilings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.cli import console, main
+from minillm.cli import main, screen
 from minillm.measure import hardware, roofline
 from minillm.model.loader import save_checkpoint
 from tests.measure.test_hardware import HARDWARE
@@ -23,7 +23,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hardware, "_measure", lambda machine, device: replace(HARDWARE, machine=machine))
     monkeypatch.setattr(hardware, "MATMUL_SIZES", (32,))
     monkeypatch.setattr(roofline, "read_buffer", lambda *_: torch.ones(2**21, dtype=torch.bfloat16))
-    console.out.width = console.err.width = 80
+    screen.out.width = screen.err.width = 80
 
 
 def test_claims_show_prediction_measurement_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:

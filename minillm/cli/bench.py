@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from minillm.cli.console import (
-    Device,
-    Dtype,
-    Model,
-    Seed,
-    Threads,
-    err,
-    number,
-    out,
-    quantity,
-    use_threads,
-)
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, number, quantity, use_threads
 from minillm.cli.report import Against, JsonFile, check_file, check_rival, lengths, spread, write_report
+from minillm.cli.screen import err, out, plain
+from minillm.cli.settings import engine_options
+from minillm.config import EngineConfig
 
 if TYPE_CHECKING:
     from minillm.measure.bench_latency import LatencyRow
@@ -30,6 +21,7 @@ if TYPE_CHECKING:
     from minillm.model.decoder import Decoder
 
 
+@engine_options("kernels")
 def latency(
     model: Model = "tiny",
     against: Against = "",
@@ -41,6 +33,7 @@ def latency(
     threads: Threads = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
+    **settings: Any,
 ) -> None:
     """Time to first token and time per output token of one sequence, next to what the machine allows."""
     from minillm.measure.hardware import dtype_name
@@ -50,12 +43,14 @@ def latency(
     prompt_lengths, context_lengths = lengths("--prompts", prompts), lengths("--contexts", contexts)
     check_rival(against)
     check_file(json_file)
-    decoder = load_model(model, device=device, dtype=dtype, seed=seed)
+    kernels = EngineConfig(**settings).kernels
+    decoder = load_model(model, device=device, dtype=dtype, seed=seed, kernels=kernels)
     rows, hardware = _measure(decoder, against, prompt_lengths, context_lengths, repeats=repeats, seed=seed)
     dtype = dtype_name(decoder.dtype)
     _print(rows, f"{model}, {dtype}, threads: {hardware.machine.threads}, {hardware.machine.name}", repeats)
     if json_file is not None:
         setting = {"model_id": model, "against": against, "repeats": repeats, "seed": seed, "dtype": dtype}
+        setting |= {"kernels": kernels}
         write_report(json_file, "latency", setting, hardware, {"rows": [row.to_json() for row in rows]})
 
 
@@ -68,7 +63,7 @@ def _measure(
     from minillm.measure.hardware import measure_hardware
 
     rows: list[LatencyRow] = []
-    with err.status("Measuring the machine …") as status:
+    with err.waiting("Measuring the machine …") as status:
         hardware = measure_hardware(str(model.device))
         status.update(f"Preparing {against or 'the run'} …")
         rivals = {against: TransformersSubject(model.config, model.device, model.dtype)} if against else {}
@@ -80,7 +75,7 @@ def _measure(
 
 
 def _print(rows: Sequence[LatencyRow], subject: str, repeats: int) -> None:
-    out.print(Text(subject, style="bold"))
+    out.print(plain(subject, style="bold"))
     for phase, title in (("prefill", "Prefill: TTFT by prompt length, ms"), ("decode", "Decode: TPOT by context, ms")):
         if selected := [row for row in rows if row.phase == phase]:
             out.print(_table(title, selected))

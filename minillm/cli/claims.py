@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.padding import Padding
 from rich.table import Table
-from rich.text import Text
 
-from minillm.cli.console import Seed, Threads, err, out, use_threads
+from minillm.cli.console import Seed, Threads, use_threads
+from minillm.cli.screen import err, out, plain
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,12 +35,12 @@ def claims(
     ids = _chosen(only, list(CLAIMS))
     bench, cards = Workbench(seed=seed), []
     for id in ids:
-        with err.status(f"Trying {id} …"):
+        with err.waiting(f"Trying {id} …"):
             cards.append(CLAIMS[id].card(bench))
         if not as_json:
             _print(cards[-1], bench.hardware.machine if CLAIMS[id].depends_on_speed else None)
     if as_json:
-        print(json.dumps([card.to_json() for card in cards], indent=1, ensure_ascii=False))
+        out.data([card.to_json() for card in cards])
     else:
         _print_sum(cards)
 
@@ -60,7 +59,7 @@ def _print(card: Card, machine: Machine | None) -> None:
     grid.add_column(width=4, style="bold")
     grid.add_column()
     grid.add_row(card.claim.id, card.claim.says)
-    grid.add_row("", Text(card.claim.formula, "dim"))
+    grid.add_row("", plain(card.claim.formula, "dim"))
     out.print(grid, width=WIDTH)
     table = Table(box=None, pad_edge=False, header_style="dim", width=WIDTH - 4)
     table.add_column("")
@@ -72,7 +71,7 @@ def _print(card: Card, machine: Machine | None) -> None:
     out.print(Padding(table, (0, 0, 0, 4)))
     out.print(Padding(_verdict(card), (0, 0, 0, 4)), width=WIDTH)
     if machine:
-        out.print(Padding(Text(f"on this machine: {machine.name}, threads: {machine.threads}", "dim"), (0, 0, 0, 4)))
+        out.print(Padding(plain(f"on this machine: {machine.name}, threads: {machine.threads}", "dim"), (0, 0, 0, 4)))
     out.print()
 
 
@@ -80,7 +79,7 @@ def _verdict(card: Card) -> Table:
     """The verdict, and where it depends on something, each case with its own."""
     sign, word, color = SIGNS[card.kind]
     grid = Table.grid(padding=(0, 1))
-    grid.add_row(Text(sign, f"bold {color}"), Text(word, f"bold {color}"))
+    grid.add_row(plain(sign, f"bold {color}"), plain(word, f"bold {color}"))
     if card.kind == "holds when":
         for name, holds in card.cases.items():
             grid.add_row("✓" if holds else "✗", name)
@@ -92,4 +91,4 @@ def _verdict(card: Card) -> Table:
 def _print_sum(cards: Sequence[Card]) -> None:
     kinds = Counter(card.kind for card in cards)
     counts = f"Hold: {kinds['holds']}, under a condition: {kinds['holds when']}, wrong: {kinds['wrong']}."
-    out.print(f"[bold]{len(cards)} claims.[/bold] {counts}", width=WIDTH)
+    out.print(plain(f"{len(cards)} claims. ", "bold") + plain(counts), width=WIDTH)

@@ -1,30 +1,22 @@
-"""What the commands share: where they print, how numbers look, and options that mean the same everywhere."""
+"""What the commands share: options that mean the same everywhere, and tables of facts."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from minillm.errors import ConfigError
 from minillm.measure.units import number as number  # here, too, for the commands
 from minillm.measure.units import quantity as quantity
-
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)  # progress and errors: a pipe gets results only
 
 Model = Annotated[
     str, typer.Option(help="tiny or tiny-draft (embedded), a folder, a hub name, or random:SHAPE.", metavar="NAME")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32 or float16.")]
-KvFormat = Annotated[str, typer.Option(help="KV cache: auto (the model's dtype), fp8, int8 or int4.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default what PyTorch takes.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 
@@ -48,10 +40,3 @@ def use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a file that cannot be written before anybody waits for what would be in it. Raises ConfigError."""
-    place = path if path.exists() else path.resolve().parent
-    if path.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"{path} cannot be written. Choose a file in a folder that exists and that you may write to.")

@@ -10,7 +10,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from minillm.cli.console import Threads, err, facts, number, out, quantity, use_threads
+from minillm.cli.console import Threads, facts, number, quantity, use_threads
+from minillm.cli.screen import err, out
 
 if TYPE_CHECKING:
     from minillm.measure.hardware import Hardware
@@ -35,7 +36,7 @@ def doctor(
         facts("Versions", [("Python", platform.python_version()), *((name, _version(name)) for name in PACKAGES)])
     )
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        with err.status(f"Measuring {device}; kept for the next time …"):
+        with err.waiting(f"Measuring {device}; kept for the next time …"):
             hardware = measure_hardware(device, refresh=refresh)
         out.print(facts("Processor" if device == "cpu" else "GPU", _machine(hardware.machine)))
         out.print(facts(f"Ceilings, measured on {hardware.measured_on}", _ceilings(hardware)))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, number, out
-from minillm.cli.report import JsonFile, Subject, check_file, lengths, spread
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, number
+from minillm.cli.report import JsonFile, Subject, check_file, check_plot, lengths, spread
+from minillm.cli.screen import err, out, plain
 
 if TYPE_CHECKING:
     from minillm.measure.bench_kv import KvQuality, KvRow
@@ -40,10 +40,11 @@ def kv(
     from minillm.model.tokenizer import load_tokenizer
 
     check_file(json_file)
-    check_file(plot)
+    plot = check_plot(plot)
+    check_file(plot and _beside(plot))
     sizes, tokenizer = lengths("--contexts", contexts), load_tokenizer(model)
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
-    with err.status("Preparing …") as status:
+    with err.waiting("Preparing …") as status:
         rows = bench_kv(
             subject.model,
             contexts=sizes,
@@ -69,7 +70,7 @@ def _qualities(model: str, device: str, tokenizer: Tokenizer, texts: int, text: 
     from minillm.model.loader import load_model
 
     trained = load_model(model, device=device, dtype="float32")
-    with err.status("Preparing …") as status:
+    with err.waiting("Preparing …") as status:
         rows = held_out_rows(tokenizer, texts, text)
         return bench_quality(trained, rows, progress=lambda what: status.update(f"{what} …"))
 
@@ -80,8 +81,8 @@ def _print_cost(rows: Sequence[KvRow], batch: int, repeats: int) -> None:
         out.print(_steps(rows, index, f"A decode step, batch {batch}, context {step.context}"))
     out.print(
         f"Medians (quartiles) of {repeats} rounds, in turns. KV: bytes of keys and values that the step reads and "
-        "writes, ranges included, counted and by formula; int4 adds to it the exact keys of each newest block. "
-        "speed-up: of the whole step, round by round; at most: if only its bytes took time."
+        "writes, ranges included, counted and by formula. speed-up: of the whole step, round by round; at most: if "
+        "only its bytes took time."
     )
 
 
@@ -96,30 +97,32 @@ def _capacity(rows: Sequence[KvRow]) -> Table:
 
 def _steps(rows: Sequence[KvRow], index: int, title: str) -> Table:
     table = _table(title, "KV kB", "formula", "TPOT ms", "speed-up", "at most")
-    plain = rows[0].steps[index]
+    own = rows[0].steps[index]
     for row in rows:
         step = row.steps[index]
         counted, predicted = (one.kv_read + one.kv_write for one in (step.counted, step.predicted))
         cells = [number(counted / 1e3), number(predicted / 1e3), spread(1e3, step.timing), spread(1, step.speedup)]
-        table.add_row(_name(row.format), *cells, number(plain.predicted.total / step.predicted.total))
+        table.add_row(_name(row.format), *cells, number(own.predicted.total / step.predicted.total))
     return table
 
 
 def _print_quality(model: str, qualities: Sequence[KvQuality], num_tokens: int) -> None:
     """Perplexity and errors; for random weights a line that says why there are none."""
     if not qualities:
-        out.print(Text(f"\nQuality is not measured: {model} has random weights, which say nothing about it."))
+        out.print(plain(f"\nQuality is not measured: {model} has random weights, which say nothing about it."))
         return
     kinds = list(qualities[-1].errors)
-    table = _table("Quality, in float32", "bits", "perplexity", "change", *kinds)
+    table = _table("Quality, in float32", "bits", "perplexity", "change", "KL", *kinds)
     for one in qualities:
         change = f"{100 * one.loss(qualities[0]):+.3f} %" if one.errors else "–"
+        apart = f"{1e3 * one.divergence:.2f}" if one.errors else "–"
         errors = [f"{one.errors[kind]:.4f}" if one.errors else "–" for kind in kinds]
-        table.add_row(_name(one.format), number(one.bits), f"{one.perplexity:.3f}", change, *errors)
+        table.add_row(_name(one.format), number(one.bits), f"{one.perplexity:.3f}", change, apart, *errors)
     out.print(table)
     out.print(
-        f"Perplexity of {num_tokens:,} tokens that the model was not trained on. {', '.join(kinds)}: relative error of "
-        "attention's output on such keys. per token: keys share ranges the wrong way."
+        f"Perplexity of {num_tokens:,} tokens that the model was not trained on. KL: divergence of its distributions "
+        f"from the unquantised ones, thousandths of a nat per token. {', '.join(kinds)}: relative error of "
+        "attention's output on such keys. per token: all channels of a head share a range."
     )
 
 
@@ -129,10 +132,15 @@ def _draw(plot: Path, rows: Sequence[KvRow], qualities: Sequence[KvQuality], bat
 
     figures = {plot: format_figure(rows, batch=batch)}
     if qualities:
-        figures[plot.with_stem(f"{plot.stem}-quality")] = quality_figure(qualities)
+        figures[_beside(plot)] = quality_figure(qualities)
     for path, figure in figures.items():
         figure.savefig(path)
-        out.print("Figure:", Text(str(path.resolve())), soft_wrap=True)
+        out.print("Figure:", plain(str(path.resolve())), soft_wrap=True)
+
+
+def _beside(plot: Path) -> Path:
+    """Where what formats cost is drawn."""
+    return plot.with_stem(f"{plot.stem}-quality")
 
 
 def _name(kv_format: str) -> str:

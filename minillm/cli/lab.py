@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.padding import Padding
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn
 from rich.syntax import Syntax
-from rich.text import Text
 
-from minillm.cli.console import err, facts, out
+from minillm.cli.console import facts
+from minillm.cli.screen import Commands, check_destination, err, out, plain, words
 
 if TYPE_CHECKING:
     from minillm.course.lab.exercises import Course, Exercise
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from minillm.course.lab.results import Result
 
 FAILED = 1
-lab = typer.Typer(help="Exercises: write a part of the engine, test it, get hints.", no_args_is_help=True)
+lab = Commands(help="Exercises: write a part of the engine, test it, get hints.", no_args_is_help=True)
 
 Name = Annotated[str | None, typer.Argument(help="An exercise, such as ex03; by default the next one.", metavar="[ID]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print plain data.")]
@@ -38,7 +36,7 @@ def list_exercises(as_json: AsJson = False) -> None:
     progress = Progress(course)
     if as_json:
         rows = [{"id": e.id, "title": e.title, **vars(progress.of(e))} for e in course.exercises.values()]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        out.data(rows)
         return
     out.print(course_view(course, progress))
     following = next_exercise(course, progress)
@@ -49,7 +47,7 @@ def list_exercises(as_json: AsJson = False) -> None:
 def show_next() -> None:
     """Say what to do next: the exercise, its file, its tasks."""
     exercise = _exercise(None)
-    out.print(Text(f"{exercise.id} · {exercise.title}", style="bold"))
+    out.print(plain(f"{exercise.id} · {exercise.title}", style="bold"))
     out.print(
         f"{exercise.minutes} minutes, {exercise.points} points, difficulty {exercise.difficulty} of 5", style="dim"
     )
@@ -70,7 +68,7 @@ def test(name: Name = None, as_json: AsJson = False) -> None:
     with Grader(diagnoses=1) as grader:
         result = _tested(exercise, grader, quiet=as_json)
     if as_json:
-        print(json.dumps(result.to_json(), indent=1, ensure_ascii=False))
+        out.data(result.to_json())
     raise typer.Exit(0 if result.passed else FAILED)
 
 
@@ -99,11 +97,12 @@ def hint(name: Name = None) -> None:
     exercise = _exercise(name)
     progress = Progress(_course())
     standing = progress.of(exercise)
-    task = exercise.task(standing.stuck_at or exercise.tasks[0].name)
+    known = {task.name: task for task in exercise.tasks}
+    task = known.get(standing.stuck_at, exercise.tasks[0])  # a course may have changed since
     seen = standing.hints.get(task.name, 0)
     for number, text in enumerate(task.hints[: seen + 1], start=1):
-        out.print(Text(f"Hint {number} of {len(task.hints)} · {task.title}", style="bold"))
-        out.print(Padding(Text(text), (0, 2, 1, 2)))
+        out.print(plain(f"Hint {number} of {len(task.hints)} · {task.title}", style="bold"))
+        out.print(Padding(plain(text), (0, 2, 1, 2)))
     standing.hints[task.name] = min(seen + 1, len(task.hints))
     progress.save()
     if seen + 1 >= len(task.hints):
@@ -113,8 +112,13 @@ def hint(name: Name = None) -> None:
 @lab.command()
 def diff(name: Name = None) -> None:
     """Show what you changed since the exercise was new."""
+    from minillm.course.learner import FileError, text_of
+
     exercise = _exercise(name)
-    before, after = exercise.original().splitlines(), _read(exercise.stub).splitlines()
+    data = exercise.handed_in()
+    if isinstance(data, FileError):
+        raise data
+    before, after = (text.splitlines() for text in (exercise.original(), text_of(data, exercise.file_name)))
     lines = list(difflib.unified_diff(before, after, "as given", _shown(exercise.stub), lineterm=""))
     out.print(Syntax("\n".join(lines), "diff", background_color="default") if lines else "Nothing is changed yet.")
 
@@ -143,19 +147,18 @@ def solution(
     if not standing.passed:
         standing.given_up = True
         progress.save()
-    out.print(Syntax(_read(exercise.solution), "python", background_color="default"))
+    out.print(Syntax(exercise.solution.read_text(encoding="utf8"), "python", background_color="default"))
 
 
 @lab.command()
 def reset(name: Annotated[str, typer.Argument(help="An exercise, such as ex03.", metavar="ID")]) -> None:
     """Bring an exercise back as it was given. Your file is kept aside."""
-    from minillm.course.lab.release import put_aside
+    from minillm.course.lab.release import reset
 
     exercise = _exercise(name)
-    if kept := put_aside(exercise):
-        out.print(Text(f"Your file is kept as {_shown(kept)}"), soft_wrap=True)
-    exercise.stub.write_text(exercise.original(), encoding="utf8")
-    out.print(Text(f"{_shown(exercise.stub)} is as new."), soft_wrap=True)
+    if kept := reset(exercise):
+        out.print(plain(f"Your file is kept as {_shown(kept)}"), soft_wrap=True)
+    out.print(plain(f"{_shown(exercise.stub)} is as new."), soft_wrap=True)
 
 
 @lab.command()
@@ -174,7 +177,7 @@ def status(as_json: AsJson = False) -> None:
         "max_points": sum(exercise.points for exercise in course.exercises.values()),
     }
     if as_json:
-        print(json.dumps(sums, indent=1))
+        out.data(sums)
         return
     out.print("{passed} of {exercises} exercises passed, {points} of {max_points} points.".format(**sums))
 
@@ -188,7 +191,7 @@ def doctor() -> None:
 
     course = find_course()
     rows = [("course", str(course.root)), ("exercises", str(len(course.exercises)))]
-    with err.status("Starting a worker …"), Sandbox() as sandbox:
+    with err.waiting("Starting a worker …"), Sandbox() as sandbox:
         rows.append(("worker", f"answers after {sandbox.wait():.1f} s"))
     rows += [(f"level {level}", unavailable(level) or "available") for level in LEVELS]
     out.print(facts("minillm lab", rows))
@@ -199,8 +202,9 @@ def submit(to: Annotated[Path, typer.Option(help="Where to write the zip.")] = P
     """Pack your files into a zip for your teacher."""
     from minillm.course.lab.release import pack
 
+    to = check_destination(to, endings=(".zip",))
     names = pack(_course(), to)
-    out.print(Text(f"{to.resolve()} holds {', '.join(names)}."), soft_wrap=True)
+    out.print(plain(f"{to.resolve()} holds {', '.join(names)}."), soft_wrap=True)
 
 
 def _course() -> Course:
@@ -227,13 +231,18 @@ def _tested(exercise: Exercise, grader: Grader, *, quiet: bool = False) -> Resul
     """Grade a learner's file, remember how it went, and show it."""
     from minillm.cli.results import result_view
     from minillm.course.lab.progress import Progress
+    from minillm.errors import GraderError
 
-    data = exercise.stub.read_bytes() if exercise.stub.exists() else None
-    with RichProgress(TextColumn("{task.description}"), BarColumn(), console=err, transient=True, disable=quiet) as bar:
+    with err.bar(words(), BarColumn(), transient=True, disable=quiet) as bar:
         shown = bar.add_task("Starting a worker …", total=len(exercise.checks))
-        result = grader.grade(
-            exercise, data, progress=lambda check: bar.update(shown, advance=1, description=check.title)
-        )
+        try:
+            result = grader.grade(
+                exercise,
+                exercise.handed_in(),
+                progress=lambda check: bar.update(shown, advance=1, description=check.title),
+            )
+        except OSError as error:  # such as no room for the worker's folder
+            raise GraderError(f"Nothing can be graded here: {error}. Your file is not at fault.") from error
     Progress(_course()).record(exercise, result)
     if not quiet:
         out.print(result_view(exercise, result, path=_shown(exercise.stub)))
@@ -243,7 +252,3 @@ def _tested(exercise: Exercise, grader: Grader, *, quiet: bool = False) -> Resul
 def _shown(path: Path) -> str:
     """A path as short as it can be typed."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf8", errors="replace")

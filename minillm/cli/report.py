@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
-from minillm.cli.console import check_writable, err, number, out, use_threads
+from minillm.cli.console import number, use_threads
+from minillm.cli.screen import PICTURES, check_destination, err, out, plain
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Subject:
 
         use_threads(threads)
         model = load_model(name, device=device, dtype=dtype, seed=seed, kernels=kernels)
-        with err.status("Measuring the machine …"):
+        with err.waiting("Measuring the machine …"):
             return cls(name, model, measure_hardware(str(model.device)))
 
     @property
@@ -64,7 +64,7 @@ class Subject:
     def print_title(self) -> None:
         """The line above every result: what ran on what."""
         machine = self.hardware.machine
-        out.print(Text(f"{self.name}, {self.dtype}, threads: {machine.threads}, {machine.name}", style="bold"))
+        out.print(plain(f"{self.name}, {self.dtype}, threads: {machine.threads}, {machine.name}", style="bold"))
 
     def write(self, path: Path | None, benchmark: str, setting: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         """Write the report, if a file is wanted."""
@@ -92,7 +92,12 @@ def check_rival(against: str) -> None:
 def check_file(path: Path | None) -> None:
     """Raise ConfigError for a file of results that cannot be written; none is fine."""
     if path is not None:
-        check_writable(path)
+        check_destination(path)
+
+
+def check_plot(path: Path | None) -> Path | None:
+    """Where a picture will be written. Raises ConfigError for one that cannot be; none is fine."""
+    return None if path is None else check_destination(path, endings=PICTURES)
 
 
 def spread(scale: float, values: Timing | Quartiles) -> str:

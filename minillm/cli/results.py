@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from minillm.cli.screen import plain
 from minillm.course.lab.exercises import Course, Exercise
 from minillm.course.lab.progress import Progress
 from minillm.course.lab.results import CheckResult, Result
@@ -19,11 +20,11 @@ DOTS = "●●●●●○○○○○"
 
 def result_view(exercise: Exercise, result: Result, *, path: str) -> Group:
     """A result as a learner sees it: all checks, then what to do about the first that failed."""
-    parts: list[RenderableType] = [Text(f"{exercise.id} · {exercise.title}", style="bold")]
+    parts: list[RenderableType] = [plain(f"{exercise.id} · {exercise.title}", style="bold")]
     if result.checks:
         parts.append(_checks(result))
     if result.message:
-        parts.append(Padding(Text(result.message, style="red"), (1, 2)))
+        parts.append(Padding(plain(result.message, style="red"), (1, 2)))
     if failure := result.first_failure:
         parts.append(Padding(failure_view(failure), (0, 2)))
     parts.append(_summary(exercise, result, path))
@@ -33,16 +34,16 @@ def result_view(exercise: Exercise, result: Result, *, path: str) -> Group:
 def failure_view(check: CheckResult) -> Group:
     """What was called, what was returned, why that matters, and the probable cause."""
     if check.status == "todo":
-        return Group(*map(Text, check.told()))
-    parts: list[RenderableType] = [Text(check.shown_title, style="bold red")]
+        return Group(*map(plain, check.told()))
+    parts: list[RenderableType] = [plain(check.shown_title, style="bold red")]
     if check.calls:
         more = [f"… {len(check.calls) - CALLS} calls before"] if len(check.calls) > CALLS else []
         calls = "\n".join([*more, *check.calls[-CALLS:]])
-        parts += [Text(f"Called (seed {check.seed}):", style="dim"), Padding(Text(calls), (0, 0, 0, 2))]
+        parts += [plain(f"Called (seed {check.seed}):", style="dim"), Padding(plain(calls), (0, 0, 0, 2))]
     what, *rest = check.told()
-    parts += [Text(what), *(Text(line, style="yellow") for line in rest)]
+    parts += [plain(what), *(plain(line, style="yellow") for line in rest)]
     if check.output:
-        parts += [Text("Your code printed:", style="dim"), Padding(Text(check.output), (0, 0, 0, 2))]
+        parts += [plain("Your code printed:", style="dim"), Padding(plain(check.output), (0, 0, 0, 2))]
     return Group(*parts)
 
 
@@ -57,7 +58,7 @@ def course_view(course: Course, progress: Progress) -> Table:
         dots = DOTS[5 - exercise.difficulty : 10 - exercise.difficulty]
         points = f"{standing.points}/{exercise.points}"
         table.add_row(
-            Text(sign, style), f"{exercise.id} {exercise.title}", dots, str(exercise.minutes), points, standing.sign
+            plain(sign, style), f"{exercise.id} {exercise.title}", dots, str(exercise.minutes), points, standing.sign
         )
     return table
 
@@ -70,12 +71,12 @@ def _checks(result: Result) -> Table:
     for check in result.checks:
         sign, style = SIGNS.get(check.status, ("✗", "red"))
         status = "" if check.status in ("passed", "wrong", "todo") else f" ({check.status})"
-        table.add_row(Text(sign, style), f"{check.shown_title}{status}", f"{check.points}/{check.max_points}")
+        table.add_row(plain(sign, style), f"{check.shown_title}{status}", f"{check.points}/{check.max_points}")
     return table
 
 
 def _summary(exercise: Exercise, result: Result, path: str) -> Text:
     score = f"{result.points} of {result.max_points} points"
     if result.passed:
-        return Text(f"{score}. All checks passed. Compare with ours: minillm lab solution {exercise.id}", style="green")
-    return Text(f"{score}. Edit {path}   Stuck? minillm lab hint {exercise.id}")
+        return plain(f"{score}. All checks passed. Compare with ours: minillm lab solution {exercise.id}", "green")
+    return plain(f"{score}. Edit {path}   Stuck? minillm lab hint {exercise.id}")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, number, out, quantity
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, number, quantity
 from minillm.cli.report import JsonFile, Subject, check_file, lengths
+from minillm.cli.screen import PICTURES, check_destination, err, out, plain
 
 if TYPE_CHECKING:
     from minillm.measure.roofline import Point, RooflineRun
@@ -36,20 +36,20 @@ def roofline(
     from minillm.measure.roofline import measure_roofline
 
     check_file(json_file)
-    check_file(plot)
+    picture = check_destination(plot, endings=PICTURES)
     lists = {
         "prompts": lengths("--prompts", prompts),
         "batches": lengths("--batch", batch),
         "contexts": lengths("--context", context),
     }
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
-    with err.status("Measuring …"):
+    with err.waiting("Measuring …"):
         run = measure_roofline(subject.model, subject.hardware, name=model, repeats=repeats, **lists)
     subject.print_title()
     _print(run)
     subject.write(json_file, "roofline", {"repeats": repeats, "seed": seed, **lists}, run.to_json())
-    draw(run).savefig(plot)
-    out.print("Figure:", Text(str(plot.resolve())), soft_wrap=True)
+    draw(run).savefig(picture)
+    out.print("Figure:", plain(str(picture.resolve())), soft_wrap=True)
 
 
 def _print(run: RooflineRun) -> None:

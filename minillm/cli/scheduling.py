@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, number, out
-from minillm.cli.report import JsonFile, Subject, check_file, lengths, spread
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, number
+from minillm.cli.report import JsonFile, Subject, check_file, check_plot, lengths, spread
+from minillm.cli.screen import err, out, plain
 
 if TYPE_CHECKING:
     from minillm.measure.bench_prefix import PrefixRow
@@ -41,11 +41,11 @@ def stall(
     from minillm.measure.bench_stall import StallBench
 
     check_file(json_file)
-    check_file(plot)
+    plot = check_plot(plot)
     choices = [("mixed", budget) for budget in lengths("--budgets", budgets)] + [("prefill_first", 512)]
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
     bench = StallBench(subject.model, choices, num_running=running, context=context, prompt=prompt, seed=seed)
-    with err.status("Preparing …") as status:
+    with err.waiting("Preparing …") as status:
         rows = bench.run(repeats, lambda turn: status.update(f"{turn} …"))
     subject.print_title()
     _print_stall(rows, running, prompt, repeats)
@@ -56,7 +56,7 @@ def stall(
     subject.write(json_file, "stall", setting, {"rows": results})
     if plot is not None:
         stall_figure(rows, prompt, bounds).savefig(plot)
-        out.print("Figure:", Text(str(plot.resolve())), soft_wrap=True)
+        out.print("Figure:", plain(str(plot.resolve())), soft_wrap=True)
 
 
 def _print_stall(rows: Sequence[StallRow], running: int, prompt: int, repeats: int) -> None:
@@ -95,7 +95,7 @@ def prefix(
     parts = [per_cent / 100 for per_cent in lengths("--shares", shares)]
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
     engine = Engine(subject.model, EngineConfig(max_num_batched_tokens=prompt))
-    with err.status("Preparing …") as status:
+    with err.waiting("Preparing …") as status:
         rows = bench_prefix(
             engine,
             prompt=prompt,

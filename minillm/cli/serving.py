@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
-from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, facts, number, out
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, facts, number
 from minillm.cli.report import Against, JsonFile, Subject, check_file, check_rival, lengths, spread
+from minillm.cli.screen import err, out, plain, words
 from minillm.cli.settings import engine_options
 from minillm.config import EngineConfig
 
@@ -100,7 +100,7 @@ def serve(
         write = write_jsonl if trace.suffix == ".jsonl" else write_chrome
         write(engine.trace, trace)
         out.print(
-            f"Trace of {len(engine.trace)} of {len(run.steps)} steps:", Text(str(trace.resolve())), soft_wrap=True
+            f"Trace of {len(engine.trace)} of {len(run.steps)} steps:", plain(str(trace.resolve())), soft_wrap=True
         )
 
 
@@ -114,8 +114,8 @@ def _serve(
     engine = Engine(subject.model, config)
     requests = load.requests(subject.model.config.vocab_size)
     warm_up(engine, requests)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, refresh_per_second=2) as bar:
+    columns = (words(), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with err.bar(*columns, transient=True, refresh_per_second=2) as bar:
         task = bar.add_task("Requests", total=len(requests))
         run = serve(
             engine,
@@ -209,7 +209,7 @@ def throughput(
     config = EngineConfig(seed=seed, **settings)
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads, kernels=config.kernels)
     requests = load.requests(subject.model.config.vocab_size)
-    with err.status("Preparing …") as status:
+    with err.waiting("Preparing …") as status:
         sizes = {"batch_size": config.max_num_seqs, "max_tokens": config.max_num_batched_tokens}
         rivals = transformers_servers(subject.model, **sizes) if against else {}
         engine = Engine(subject.model, config)

@@ -12,8 +12,9 @@ import typer
 from rich import box
 from rich.table import Table
 
-from minillm.cli.console import Device, Dtype, Model, Seed, Threads, err, number, out
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, number
 from minillm.cli.report import JsonFile, Subject, check_file, lengths
+from minillm.cli.screen import err, out
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def spec(
     subject = Subject.load(model, device=device, dtype=dtype, seed=seed, threads=threads)
     serve = partial(bench_spec, num_drafts=counts, max_tokens=tokens, temperature=temperature, repeats=repeats)
     cases: list[Case] = []
-    with err.status("Preparing …") as status:
+    with err.waiting("Preparing …") as status:
         beginnings = {text: bench_prompts(tokenizer, text, max(prompts, *sizes), prompt) for text in _names(texts)}
         for name, rule in product(_names(proposers), (False, True) if adaptive else (False,)):
             config = EngineConfig(max_num_seqs=max(sizes), adaptive_drafts=rule, seed=seed, trace_bytes=2**30)

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.progress import Progress
+from rich.progress import BarColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
-from minillm.cli.console import err, out
+from minillm.cli.screen import Commands, check_destination, err, out, plain, words
 
 if TYPE_CHECKING:
     from minillm.course.lab.bulk import Graded
     from minillm.course.lab.selfcheck import Finding
 
 FAILED, GRADER_FAULT = 1, 3
-teach = typer.Typer(help="For teachers: generate, check, release, grade, export.", no_args_is_help=True)
+teach = Commands(help="For teachers: generate, check, release, grade, export.", no_args_is_help=True)
 
 Names = Annotated[list[str] | None, typer.Argument(help="Exercises, such as ex03; all by default.", metavar="[ID]…")]
 Jobs = Annotated[int, typer.Option(min=1, help="How many at a time.")]
@@ -39,7 +38,7 @@ def sync(
 
     stale = sync(find_course(), write=not check)
     for path in stale:
-        out.print("differs" if check else "written", Text(str(path)), soft_wrap=True)
+        out.print("differs" if check else "written", plain(str(path)), soft_wrap=True)
     if not stale:
         out.print("All stubs agree with their solutions.")
     raise typer.Exit(FAILED if check and stale else 0)
@@ -64,7 +63,7 @@ def check(
     if zoo and cheats.is_dir() and not names:
         findings += _shown(dishonest(course, cheats, seed=seed, jobs=jobs), quiet=as_json)
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+        out.data([asdict(finding) for finding in findings])
     else:
         out.print(_sums(findings))
     raise typer.Exit(0 if _holds(findings) else FAILED)
@@ -73,14 +72,14 @@ def check(
 def _shown(findings: Iterable[Finding], *, quiet: bool) -> list[Finding]:
     """All findings; the bad ones are printed as they come."""
     seen = []
-    with Progress(console=err, transient=True, disable=quiet) as progress:
+    with err.bar(words(), BarColumn(), transient=True, disable=quiet) as progress:
         task = progress.add_task("Trying …", total=None)
         for finding in findings:
             progress.update(task, advance=1, description=f"{finding.exercise} {finding.kind} {finding.subject}")
             seen.append(finding)
             if not quiet and (not finding.ok or not finding.diagnosed):
                 sign = "✗" if finding.ok is False else "–" if finding.ok is None else "?"
-                out.print(Text(f"{sign} {finding.exercise} {finding.kind} {finding.subject}: {finding.detail}"))
+                out.print(plain(f"{sign} {finding.exercise} {finding.kind} {finding.subject}: {finding.detail}"))
     return seen
 
 
@@ -114,8 +113,8 @@ def release(to: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
     from minillm.course.lab.exercises import find_course
     from minillm.course.lab.release import release
 
-    written = release(find_course(), to)
-    out.print(Text(f"{to} holds {len(written)} files. Learners run minillm lab there."), soft_wrap=True)
+    written = release(find_course(), check_destination(to, folder=True))
+    out.print(plain(f"{to} holds {len(written)} files. Learners run minillm lab there."), soft_wrap=True)
 
 
 @teach.command()
@@ -133,11 +132,12 @@ def grade(
     from minillm.course.lab.exercises import find_course
     from minillm.course.lab.submissions import collect
 
+    check_destination(to, folder=True)
     course = find_course()
     exercises = [course.exercise(id) for id in only.split(",")] if only else list(course.exercises.values())
     run = Run(to, exercises, isolation, seed)
     entries = collect(course, submissions)
-    with Progress(console=err, disable=as_json) as progress:
+    with err.bar(words(), BarColumn(), TimeElapsedColumn(), disable=as_json) as progress:
         shown = progress.add_task("Grading …", total=len(entries))
         for graded in run.grade(entries, jobs=jobs):
             progress.update(shown, advance=1, description=f"{graded.student}: {graded.points}/{graded.max_points}")
@@ -145,7 +145,7 @@ def grade(
     done = [kept[entry.entry] for entry in entries if entry.entry in kept]
     faults = sum(result.status == "fault" for one in done for result in one.results)
     sums = {"submissions": len(entries), "graded": len(done), "faults": faults, "isolation": isolation}
-    print(json.dumps(sums)) if as_json else out.print(_class_view(done, sums))
+    out.data(sums) if as_json else out.print(_class_view(done, sums))
     raise typer.Exit(GRADER_FAULT if faults or len(done) < len(entries) else 0)
 
 
@@ -200,10 +200,16 @@ def _done(graded: Path) -> list[Graded]:
 
 
 def _write(texts: dict[Path, str]) -> None:
+    """Write some files; their folders are made. Raises ConfigError before the first if one of them cannot be."""
+    for folder in {path.parent for path in texts}:
+        check_destination(folder, folder=True)
+    for path in texts:
+        if path.parent.exists():
+            check_destination(path)
     for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf8", errors="backslashreplace", newline="")
-    out.print(Text(f"{len(texts)} written: {', '.join(map(str, list(texts)[:3]))}{' …' if len(texts) > 3 else ''}"))
+    out.print(plain(f"{len(texts)} written: {', '.join(map(str, list(texts)[:3]))}{' …' if len(texts) > 3 else ''}"))
 
 
 def _class_view(done: list[Graded], sums: dict[str, Any]) -> Table:

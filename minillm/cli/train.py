@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from minillm.cli.console import Device, Seed, check_writable, out
+from minillm.cli.console import Device, Seed
+from minillm.cli.screen import check_destination, err, out
 
 
 def train(
@@ -31,10 +32,12 @@ def train(
     folder = directory or Path("runs") / shape
     place = choose_device(device).type
     config = TrainConfig(shape, folder, work, minutes=minutes, seed=seed, compile=compiled, device=place)
+    check_destination(folder, folder=True)
+    check_destination(work, folder=True)
     work.mkdir(parents=True, exist_ok=True)
-    plot = work / f"{shape}-losses.png"
-    check_writable(plot)
-    history = run(config, command=f"minillm train {shape} --minutes {minutes:g} --seed {seed}", plot=plot)
+    plot = check_destination(work / f"{shape}-losses.png")
+    command = f"minillm train {shape} --minutes {minutes:g} --seed {seed}"
+    history = run(config, command=command, plot=plot, console=err)
     losses = history.held_out_losses
     out.print(f"{history.step} steps, {history.tokens} tokens, held-out loss {losses[-1][1]:.3f} nats per token")
-    out.print(f"Model: {folder.resolve()}", f"Losses: {plot.resolve()}", sep="\n", soft_wrap=True, markup=False)
+    out.print(f"Model: {folder.resolve()}", f"Losses: {plot.resolve()}", sep="\n", soft_wrap=True)

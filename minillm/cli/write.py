@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
-from minillm.cli.console import (
-    Device,
-    Dtype,
-    KvFormat,
-    Model,
-    Seed,
-    Threads,
-    check_writable,
-    err,
-    facts,
-    out,
-    quantity,
-    use_threads,
-)
-from minillm.errors import RequestError
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, facts, quantity, use_threads
+from minillm.cli.screen import PICTURES, check_destination, err, out, plain
+from minillm.cli.settings import engine_options
+from minillm.errors import MinillmError, RequestError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from minillm.llm import LLM, Prompt
+    from minillm.course.use import Used
+    from minillm.llm import LLM
     from minillm.outputs import RequestOutput
     from minillm.sampling import SamplingParams
 
@@ -40,9 +29,12 @@ Use = Annotated[
 TopP = Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability mass.")]
 
 DEMO_PROMPT = "def fibonacci(n):\n"
+FORGETTING = {"/new": 1 << 30, "/forget": 2}  # messages that are dropped
+WAY_ON = "This question was not kept. /forget drops the oldest question and its answer, /new begins anew."
 PROMPT_STYLE, TOKEN_STYLE = "bold #3f90da", "#ffa90e"  # prefill is blue and decode amber, here as in every figure
 
 
+@engine_options("kv_format", "kernels")
 def demo(
     prompt: Annotated[str, typer.Option(help="What to continue.")] = DEMO_PROMPT,
     max_tokens: MaxTokens = 64,
@@ -51,21 +43,19 @@ def demo(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    kv_format: KvFormat = "auto",
     threads: Threads = None,
     use: Use = None,
     picture: Annotated[Path, typer.Option(help="Where to save the timeline.")] = Path("minillm-demo.png"),
+    **settings: Any,
 ) -> None:
     """Watch a model write, and see how long each of the two phases took."""
     from minillm.course.figures.timeline import request_timeline
-    from minillm.llm import LLM
     from minillm.sampling import SamplingParams
 
-    check_writable(picture)
+    picture = check_destination(picture, endings=PICTURES)
     use_threads(threads)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, use=use, seed=seed)
-    _show_used(llm)
+    llm = _load(use, model, device=device, dtype=dtype, seed=seed, **settings)
     _warm_up(llm, prompt)
     _show(prompt, PROMPT_STYLE)
     texts, request = _stream(llm, prompt, params)
@@ -73,9 +63,10 @@ def demo(
     out.print(_measured(llm, request))
     prompt_tokens = len(request.prompt_token_ids)
     request_timeline(request.metrics, prompt_tokens=prompt_tokens, texts=texts).savefig(picture)
-    out.print("Timeline:", Text(str(picture.resolve())), soft_wrap=True)
+    out.print("Timeline:", plain(str(picture.resolve())), soft_wrap=True)
 
 
+@engine_options("kv_format", "kernels")
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
     max_tokens: MaxTokens = 128,
@@ -86,22 +77,21 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    kv_format: KvFormat = "auto",
     threads: Threads = None,
     use: Use = None,
+    **settings: Any,
 ) -> None:
     """Continue a prompt. The text goes to stdout, its timing to stderr."""
-    from minillm.llm import LLM
     from minillm.sampling import SamplingParams
 
     use_threads(threads)
     params = SamplingParams(temperature=temperature, top_p=top_p, stop=stop or None, max_tokens=max_tokens, seed=seed)
-    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, use=use, seed=seed)
-    _show_used(llm)
+    llm = _load(use, model, device=device, dtype=dtype, seed=seed, **settings)
     _, request = _stream(llm, prompt, params)
     err.print(_timing(request), style="dim")
 
 
+@engine_options("kv_format", "kernels")
 def chat(
     model: Annotated[str, typer.Option(help="A model with a chat template: a folder or a hub name.")],
     system: Annotated[str, typer.Option(help="Instructions that come before the conversation.")] = "",
@@ -111,10 +101,13 @@ def chat(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    kv_format: KvFormat = "auto",
     threads: Threads = None,
+    **settings: Any,
 ) -> None:
-    """Talk with a model that was taught to answer. An empty line or Ctrl-D ends the conversation."""
+    """Talk with a model that was taught to answer. /new begins anew, /forget drops the oldest question and its answer.
+
+    An empty line or Ctrl-D ends the conversation.
+    """
     from minillm.llm import LLM
     from minillm.model.tokenizer import load_tokenizer
     from minillm.sampling import SamplingParams
@@ -128,24 +121,32 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop_token_ids=tokenizer.eos_token_ids
     )
-    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
+    llm = LLM(model, device=device, dtype=dtype, seed=seed, **settings)
+    first = len(messages)  # of the dialogue; the instructions stay
     while question := _ask():
-        messages.append({"role": "user", "content": question})
-        prompt = {"prompt_token_ids": tokenizer.apply_chat_template(messages)}
-        _, request = _stream(llm, prompt, params)
-        messages.append({"role": "assistant", "content": request.outputs[0].text})
+        if question in FORGETTING:
+            del messages[first : first + FORGETTING[question]]
+            err.print(f"The model now sees {(len(messages) - first) // 2} earlier questions.", style="dim")
+            continue
+        asked = [*messages, {"role": "user", "content": question}]
+        try:
+            _, request = _stream(llm, {"prompt_token_ids": tokenizer.apply_chat_template(asked)}, params)
+        except MinillmError as error:  # such as a context that is full: the next question may be served
+            err.print(plain(f"{error}\n{WAY_ON}", "red"))
+            continue
+        messages = [*asked, {"role": "assistant", "content": request.outputs[0].text}]
         err.print(_timing(request), style="dim")
 
 
 def _ask() -> str:
     """The next line of the user; empty at the end of the input."""
     try:
-        return out.input("[bold]> [/]").strip()
+        return out.ask("> ").strip()
     except EOFError:
         return ""
 
 
-def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> tuple[list[str], RequestOutput]:
+def _stream(llm: LLM, prompt: str | dict[str, list[int]], params: SamplingParams) -> tuple[list[str], RequestOutput]:
     """Print a completion as it grows; returns what each token added to the text, and the finished request."""
     texts = []
     for request in llm.stream(prompt, params):
@@ -158,14 +159,30 @@ def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> tuple[list[str]
 def _show(text: str, style: str) -> None:
     """Print text of a model or a user: on a terminal with colour and without control characters, in a pipe as it is."""
     if out.is_terminal:
-        out.print(Text(text, style=style), end="", soft_wrap=True)
+        out.print(plain(text, style=style), end="", soft_wrap=True)
     else:
-        out.file.write(text)
+        out.write(text)
 
 
-def _show_used(llm: LLM) -> None:
-    """Show which of a learner's functions run in place of the engine's, and why the others do not."""
-    rows = [(f"{row.exercise} {', '.join(row.tasks)}", row) for row in llm.used]
+def _load(use: Path | None, model: str, *, dtype: str, **settings: Any) -> LLM:
+    """A model that is ready to write, with a learner's functions in their places if there are any: in float32 then.
+
+    In 16 bits two right ways to compute attention may write different tokens.
+    """
+    from minillm.llm import LLM
+
+    if use is None:
+        return LLM(model, dtype=dtype, **settings)
+    from minillm.course.use import plug_in
+
+    llm = LLM(model, dtype="float32" if dtype == "auto" else dtype, cuda_graphs=False, **settings)
+    _show_used(plug_in(llm, use))
+    return llm
+
+
+def _show_used(used: list[Used]) -> None:
+    """Which of a learner's functions are in the engine's place, and which are not and why."""
+    rows = [(f"{row.exercise} {', '.join(row.tasks)}", row) for row in used]
     for title, placed in (("In place of the engine's own", True), ("Left as it is", False)):
         shown = [(name, row.why_not or row.place) for name, row in rows if placed == (row.why_not is None)]
         if shown:

@@ -17,6 +17,7 @@ from minillm.config import ModelConfig
 from minillm.costs.steps import Step, num_tokens
 
 NORM_BYTES = 4  # norm weights stay float32 in every model: see `minillm.model.decoder.RMSNorm`
+INT4_GROUP = 32  # elements of a token that share a range in int4, at most
 
 
 class Flops(NamedTuple):
@@ -173,19 +174,20 @@ def kv_bytes_per_token(config: ModelConfig, element_bytes: float) -> int:
     return round(2 * config.num_layers * config.num_kv_heads * config.head_dim * element_bytes)
 
 
-def quantized_bytes(bits: int, *, group: int, scale_bits: int = 16) -> float:
+def quantized_bytes(bits: int, *, group: float, scale_bits: int = 16) -> float:
     """Bytes per element of a quantised cache: its bits, and its part of a scale (and zero point) per `group`."""
     return (bits + scale_bits / group) / 8
 
 
-def format_element_bytes(kv_format: str, *, head_dim: int, block_size: int) -> float:
-    """Bytes per element of keys and values on average, in a format of `minillm.quantization.formats`, ranges included.
+def format_element_bytes(kv_format: str, *, head_dim: int) -> float:
+    """Bytes per element of keys and values, in a format of `minillm.quantization.formats`, ranges included.
 
-    A range per token serves head_dim elements, one per channel serves block_size. int4 stores both ends of a range.
+    In 8 bits a token's head_dim elements share a scale. In int4 at most 32 of them share a range, whose ends are two
+    numbers.
     """
     if kv_format != "int4":
         return quantized_bytes(8, group=head_dim)
-    return sum(quantized_bytes(4, group=group, scale_bits=32) for group in (block_size, head_dim)) / 2
+    return quantized_bytes(4, group=head_dim / -(-head_dim // INT4_GROUP), scale_bits=32)
 
 
 def step_bytes(

@@ -97,6 +97,7 @@ class Engine:
         self.trace = Trace(self.config.trace_bytes)
         self._late: list[Request] = []  # finished in a step that was interrupted: the next one tells
         self._num_names = self._num_added = 0
+        self._ended: list[tuple[str, int]] = []  # completions that the next record tells of
         self._steps = count()
         self._lock = threading.RLock()
 
@@ -222,7 +223,6 @@ class Engine:
         self._record(
             plan,
             parts,
-            events,
             start=start,
             schedule_time=scheduled - start,
             propose_time=proposed - scheduled,
@@ -274,6 +274,8 @@ class Engine:
 
     def _forget(self, request: Request) -> None:
         """Take a request that has ended out of the registry."""
+        if self.config.trace_bytes:
+            self._ended.append((request.request_id, request.index))
         if self.proposer:
             self.proposer.forget(request)
         completions = self.requests[request.request_id]
@@ -301,18 +303,19 @@ class Engine:
         if self.config.debug:
             self.scheduler.check()
 
-    def _record(self, plan: StepPlan, parts: tuple[RequestStep, ...], events: list[TokenEvent], **times: float) -> None:
+    def _record(self, plan: StepPlan, parts: tuple[RequestStep, ...], **times: float) -> None:
         """Write down the step. `times`: the fields of `StepRecord` that are times."""
         if not self.config.trace_bytes:
             return
-        ended = [event.request for event in events if event.finish_reason]
+        spawned_in_vain = [(r.request_id, r.index) for r in plan.samplers if r.finished]  # its request was aborted
+        ended, self._ended = dict.fromkeys([*self._ended, *spawned_in_vain]), []
         self.trace.append(
             StepRecord(
                 step=next(self._steps),
                 requests=parts,
                 admitted=tuple(request.request_id for request in plan.admitted),
                 preempted=tuple(request.request_id for request in plan.preempted),
-                finished=tuple((request.request_id, request.index) for request in ended),
+                finished=tuple(ended),
                 num_copies=len(plan.copies),
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),

@@ -76,7 +76,7 @@ class StepRecord:
     requests: tuple[RequestStep, ...]
     admitted: tuple[str, ...]
     preempted: tuple[str, ...]
-    finished: tuple[tuple[str, int], ...]  # (request, completion)
+    finished: tuple[tuple[str, int], ...]  # (request, completion): those that ended since the record before
     num_copies: int
     num_running: int
     num_waiting: int
@@ -101,8 +101,8 @@ class StepRecord:
 
     @property
     def num_bytes(self) -> int:
-        """What keeping this record takes, about: 600 bytes, and 400 and 8 a block for each request."""
-        return 600 + sum(400 + 8 * len(part.blocks) for part in self.requests)
+        """What keeping this record takes at most, about: 600 bytes, and for each request 400 and 40 a block."""
+        return 600 + sum(400 + 40 * len(part.blocks) for part in self.requests)
 
 
 class Trace(deque[StepRecord]):

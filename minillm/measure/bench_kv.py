@@ -26,10 +26,10 @@ from minillm.engine.runner import open_cache
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
 from minillm.measure.counters import Counter
-from minillm.measure.kv_quality import PER_TOKEN, drawn_sample, output_error, perplexity, trained_samples
+from minillm.measure.kv_quality import COMPARED, drawn_sample, fidelity, output_error, trained_samples
 from minillm.measure.stepper import StepRunner
 from minillm.model.decoder import Decoder
-from minillm.quantization.formats import FORMATS, Format
+from minillm.quantization.formats import FORMATS, Codec
 
 GB = 10**9
 
@@ -86,6 +86,7 @@ class KvQuality:
     format: str
     bits: float  # per number of the cache, ranges included
     perplexity: float
+    divergence: float  # from the unquantised distributions, nats per token; see `kv_quality.fidelity`
     errors: dict[str, float]  # relative error of attention's output, by kind of keys; none without quantisation
 
     def loss(self, plain: KvQuality) -> float:
@@ -148,8 +149,7 @@ def _element_bytes(model: Decoder, name: str) -> float:
     """Bytes per number of the cache by formula, ranges included."""
     if name == "auto":
         return model.dtype.itemsize
-    block_size = EngineConfig(kv_format=name).kv_block_size
-    return format_element_bytes(name, head_dim=model.config.head_dim, block_size=block_size)
+    return format_element_bytes(name, head_dim=model.config.head_dim)
 
 
 def bench_quality(
@@ -157,23 +157,23 @@ def bench_quality(
 ) -> list[KvQuality]:
     """Perplexity on rows of held-out tokens `[count, length]`, and errors of attention: the model's dtype first.
 
-    The last is int4 with a range per token for keys as well: nearly the same bits, shared the wrong way.
+    The last is int4 with one range per token: nearly the same bits, shared the wrong way.
     """
     data = {"Gaussian": [drawn_sample()], "outliers": [drawn_sample(outliers=True)]}
     data["trained"] = trained_samples(model, rows[0].tolist())
     found = []
-    for kv_format in (None, *FORMATS.values(), PER_TOKEN):
-        name = kv_format.name if kv_format else "auto"
-        progress(f"quality of {name}")
-        errors = {kind: output_error(samples, kv_format) for kind, samples in data.items()} if kv_format else {}
-        found.append(KvQuality(name, _bits(model, kv_format), perplexity(model, rows, kv_format), errors))
+    codecs: dict[str, Codec | None] = {"auto": None, **COMPARED}
+    progress("quality of all formats")
+    qualities = fidelity(model, rows, codecs)
+    for name, codec in codecs.items():
+        errors = {kind: output_error(samples, codec) for kind, samples in data.items()} if codec else {}
+        found.append(KvQuality(name, _bits(model, codec), *qualities[name], errors))
     return found
 
 
-def _bits(model: Decoder, kv_format: Format | None) -> float:
-    """Bits per number, counted in the tensors of a block."""
-    if kv_format is None:
+def _bits(model: Decoder, codec: Codec | None) -> float:
+    """Bits per number, counted in the tensors of a token."""
+    if codec is None:
         return 8 * model.dtype.itemsize
-    heads, d = model.config.num_kv_heads, model.config.head_dim
-    block_size = EngineConfig(kv_format="int4").kv_block_size
-    return 8 * kv_format.block_bytes(heads, block_size, d) / (2 * heads * d * block_size)
+    d = model.config.head_dim
+    return 8 * sum(part.nbytes for part in codec.encode(torch.zeros(d))) / d

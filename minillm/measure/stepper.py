@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, PagedAttention
+from minillm.attention import AttentionMetadata, Backend
 from minillm.config import EngineConfig, ModelConfig
 from minillm.costs.steps import Step, num_tokens
 from minillm.engine.runner import open_cache
@@ -23,8 +23,8 @@ class StepRunner:
     """One step of random tokens over a cache that is as full as the step wants; calling it again repeats it.
 
     The cache holds zeros where earlier steps would have written: right for FLOPs, bytes and time, not for text.
-    Sequences share nothing. `attention` is a paged attention function, by default the engine's choice; `kv_format`
-    is how keys and values are stored.
+    Requests share nothing. `backend` is how attention reads and writes the blocks, by default the engine's choice;
+    `kv_format` is how keys and values are stored.
     """
 
     def __init__(
@@ -32,22 +32,23 @@ class StepRunner:
         model: Decoder,
         step: Step,
         *,
-        attention: PagedAttention | None = None,
+        backend: Backend | None = None,
         kv_format: str = "auto",
         seed: int = 0,
     ) -> None:
         self.model, self.step = model, step
         ends = torch.tensor([q_len for q_len, _ in step]).cumsum(0)
-        engine = EngineConfig(kv_format=kv_format, max_num_seqs=len(step), max_num_batched_tokens=num_tokens(step))
-        widths = [-(-kv_len // engine.kv_block_size) for _, kv_len in step]
+        config = EngineConfig(kv_format=kv_format, max_num_seqs=len(step), max_num_batched_tokens=num_tokens(step))
+        widths = [-(-kv_len // config.block_size) for _, kv_len in step]
         starts = [1 + sum(widths[:i]) for i in range(len(step))]  # block 0 is the dummy block
-        self.cache = open_cache(model, replace(engine, num_blocks=1 + sum(widths)))
-        self.cache.attention = attention or self.cache.attention
-        self.layout = AttentionMetadata.build(
+        self.cache = open_cache(model, replace(config, num_blocks=1 + sum(widths)))
+        if backend is not None:
+            setattr(self.cache, "backend", backend)  # noqa: B010 (quantised caches have one of their own)
+        self.metadata = AttentionMetadata.build(
             [list(range(start, start + width)) for start, width in zip(starts, widths, strict=True)],
             [q_len for q_len, _ in step],
             [kv_len for _, kv_len in step],
-            block_size=engine.kv_block_size,
+            block_size=config.block_size,
             device=model.device,
         )
         generator = torch.Generator().manual_seed(seed)
@@ -58,8 +59,8 @@ class StepRunner:
 
     @torch.inference_mode()
     def __call__(self) -> Tensor:
-        """Run the step: float32 logits [num_seqs, vocab_size] after the last token of each sequence."""
-        hidden = self.model(self.tokens, self.positions, self.cache.attend(self.layout))
+        """Run the step: float32 logits [num_reqs, vocab_size] after the last token of each request."""
+        hidden = self.model(self.tokens, self.positions, self.cache.attend(self.metadata))
         return self.model.logits(hidden[self.last_rows])
 
 

@@ -4,25 +4,28 @@ A group of numbers shares one range. What is stored are the *ends* of the range,
 the step between two codes: so no number lies outside, nothing is clipped, and the ends themselves come back exactly
 where the model's dtype has no more than bfloat16's digits. Zeros come back as zeros, constants as constants.
 
-| format | keys | values |
-|---|---|---|
-| int8 | -127 … 127 times scale / 127, a scale per token and head | the same |
-| fp8 | float8_e4m3fn times scale / 448, a scale per token and head | the same |
-| int4 | low + 0 … 15 times (high - low) / 15, per channel of a block | the same, per token and head |
+| format | keys and values alike |
+|---|---|
+| int8 | -127 … 127 times scale / 127, a scale per token and head |
+| fp8 | float8_e4m3fn times scale / 448, a scale per token and head |
+| int4 | low + 0 … 15 times (high - low) / 15, per token, head and group of 32 channels |
 
 `scale` is the largest magnitude of its group: a unit scale would clip what exceeds 448 and lose what is small.
-Keys of trained models have a few channels that are much larger than all others. With a range per token they would eat
-up the codes of all other channels; with a range per channel they cost nobody anything (KIVI, arXiv:2402.02750). But
-then a block must be complete before it can be quantised: see `minillm.quantization.tails` for what happens until then.
 
-Shapes of a pool, `[kv_heads, num_blocks, ...]` all of them, so that whatever a block consists of is copied alike:
+Keys of trained models have a few channels that are much larger than all others. With one range for a whole token they
+take up the codes of all other channels. A range per channel costs nobody anything (KIVI, arXiv:2402.02750), but it is
+known only when a whole block of tokens is there, so the newest keys must be kept exactly somewhere, and everything
+that takes tokens back or goes on from the middle of a block has to know of it. Groups of channels are the middle way:
+a large channel spoils the codes of 31 others instead of all, and a token is stored by itself, at once.
 
-    int8, fp8         codes [.., block_size, d] int8 or float8_e4m3fn, scale [.., block_size]
-    int4, values      codes [.., block_size, d / 2] uint8, low and high [.., block_size]
-    int4, keys        codes [.., block_size, d / 2] uint8, low and high [.., d]
+Shapes in a cache, with `[kv_heads, num_blocks, block_size]` in front:
+
+    int8, fp8    codes [.., d] int8 or float8_e4m3fn, scale [..]
+    int4         codes [.., d / 2] uint8, low and high [.., groups]
 
 Two codes of 4 bits share a byte: channel c in the low half, channel c + d / 2 in the high half, so that unpacking
-gives two contiguous pieces.
+gives two contiguous pieces. These tensors are all that reading needs: the type of the codes tells the format, and the
+number of ranges the size of the groups.
 """
 
 from __future__ import annotations
@@ -34,25 +37,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from minillm.errors import ConfigError
-
 RANGE = torch.bfloat16  # of the ends of a range: 16 bits, and it overflows where float32 does
+GROUP = 32  # channels of int4 that share a range, at most
 
 
 class Codec(Protocol):
-    """Turns numbers `[..., tokens, d]` into codes and the ends of their ranges, and back into float32."""
-
-    @property
-    def by_block(self) -> bool:
-        """Whether a group is a channel of a block, so that only complete blocks can be encoded."""
-        ...
+    """Turns numbers `[..., d]` into codes and the ends of their ranges, and back into float32; token by token."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Codes `[..., tokens, d or d / 2]` and ranges, `[..., tokens]` or `[..., d]` each."""
+        """Codes `[..., d or d / 2]` and ranges: `[...]` or `[..., groups]` each."""
         ...
 
     def decode(self, codes: Tensor, *ranges: Tensor) -> Tensor:
-        """What the codes stand for, `[..., tokens, d]` in float32."""
+        """What the codes stand for, `[..., d]` in float32."""
         ...
 
 
@@ -65,7 +62,6 @@ class PerToken8:
 
     dtype: torch.dtype
     largest: float  # code
-    by_block = False
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[..., d]` -> codes `[..., d]`, scale `[...]`."""
@@ -84,27 +80,37 @@ class PerToken8:
 class Int4:
     """4 bits, asymmetric: low + code · (high - low) / 15, so |x - x̂| ≤ (high - low) / 30.
 
-    dim -1: a range per token. dim -2: a range per channel of a block.
+    Channels that follow each other share a range: as few groups as hold at most `group` channels each, all of the same
+    size but for the last one, which may be smaller.
     """
 
-    dim: int
-
-    @property
-    def by_block(self) -> bool:
-        return self.dim == -2
+    group: int = GROUP
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[..., tokens, d]` -> codes `[..., tokens, d / 2]`, low and high without dimension `dim`."""
+        """`[..., d]` -> codes `[..., d / 2]`, low and high `[..., groups]`."""
         x = x.float()
-        low, high = -round_up(-x.amin(self.dim)), round_up(x.amax(self.dim))
-        width = _divisor(high.float() - low.float()).unsqueeze(self.dim)
-        levels = (x - low.float().unsqueeze(self.dim)) * 15 / width
+        parts = x.split(group_size(x.shape[-1], self.group), dim=-1)
+        low = -round_up(torch.stack([-part.amin(-1) for part in parts], dim=-1))
+        high = round_up(torch.stack([part.amax(-1) for part in parts], dim=-1))
+        bottom, top = spread(low, x.shape[-1]), spread(high, x.shape[-1])
+        levels = (x - bottom) * 15 / _divisor(top - bottom)
         return pack(levels.round().to(torch.uint8)), low, high
 
     def decode(self, codes: Tensor, *ranges: Tensor) -> Tensor:
-        """Multiplies before it divides: then code 15 gives back exactly `high`."""
-        low, high = (end.float().unsqueeze(self.dim) for end in ranges)
+        """Multiplies before it divides: then code 15 gives back exactly `high`. Ranges tell the size of groups."""
+        low, high = (spread(end, 2 * codes.shape[-1]) for end in ranges)
         return low + unpack(codes).float() * (high - low) / 15
+
+
+def group_size(d: int, largest: int) -> int:
+    """Channels per group: `largest` where that divides d, else what makes the groups about equal (80: 27, 27, 26)."""
+    groups = -(-d // largest)
+    return -(-d // groups)
+
+
+def spread(ends: Tensor, d: int) -> Tensor:
+    """Ends of ranges `[..., groups]` for each of d channels: `[..., d]` in float32."""
+    return ends.float().repeat_interleave(-(-d // ends.shape[-1]), dim=-1)[..., :d]
 
 
 def round_up(x: Tensor) -> Tensor:
@@ -129,64 +135,14 @@ def unpack(codes: Tensor) -> Tensor:
     return torch.cat([codes & 15, codes >> 4], dim=-1)
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format of the KV cache: how its keys are coded, and how its values."""
-
-    name: str
-    keys: Codec
-    values: Codec
-
-    @property
-    def needs_tails(self) -> bool:
-        """Whether keys must be kept until their block is complete."""
-        return self.keys.by_block
-
-    def block_bytes(self, kv_heads: int, block_size: int, d: int) -> int:
-        """Bytes of the codes and ranges of one block in one layer."""
-        block = torch.zeros(kv_heads, block_size, d, device="meta")
-        return sum(part.nbytes for codec in (self.keys, self.values) for part in codec.encode(block))
-
-
-FORMATS: Mapping[str, Format] = {
-    "fp8": Format("fp8", *[PerToken8(torch.float8_e4m3fn, 448.0)] * 2),
-    "int8": Format("int8", *[PerToken8(torch.int8, 127.0)] * 2),
-    "int4": Format("int4", keys=Int4(dim=-2), values=Int4(dim=-1)),
+FORMATS: Mapping[str, Codec] = {
+    "fp8": PerToken8(torch.float8_e4m3fn, 448.0),
+    "int8": PerToken8(torch.int8, 127.0),
+    "int4": Int4(),
 }
+_BY_TYPE = {torch.float8_e4m3fn: FORMATS["fp8"], torch.int8: FORMATS["int8"], torch.uint8: FORMATS["int4"]}
 
 
-def get_format(name: str) -> Format | None:
-    """The format of this name; None for "auto", the model's own dtype. Raises `ConfigError` for an unknown one."""
-    if name not in ("auto", *FORMATS):
-        raise ConfigError(f"kv_format={name!r} is unknown. Choose one of: auto, {', '.join(FORMATS)}.")
-    return FORMATS.get(name)
-
-
-class QuantizedPool:
-    """The keys or the values of one layer, as a codec stores them: `tensors`, each `[kv_heads, num_blocks, ...]`."""
-
-    def __init__(self, codec: Codec, shape: tuple[int, int, int, int], device: torch.device) -> None:
-        self.codec = codec
-        kv_heads, num_blocks, block_size, d = shape
-        parts = codec.encode(torch.zeros(1, 1, block_size, d, device=device))
-        self.tensors = tuple(part.new_zeros(kv_heads, num_blocks, *part.shape[2:]) for part in parts)
-
-    def write(self, x: Tensor, slots: Tensor) -> None:
-        """Encode tokens `[num_tokens, kv_heads, d]` into their slots. Not for codecs that go by block."""
-        for pool, part in zip(self.tensors, self.codec.encode(x.transpose(0, 1)), strict=True):
-            as_bytes(pool).flatten(1, 2).index_copy_(1, slots, as_bytes(part))
-
-    def write_blocks(self, x: Tensor, blocks: Tensor) -> None:
-        """Encode whole blocks `[kv_heads, n, block_size, d]`."""
-        for pool, part in zip(self.tensors, self.codec.encode(x), strict=True):
-            as_bytes(pool).index_copy_(1, blocks, as_bytes(part))
-
-    def read(self, blocks: Tensor) -> Tensor:
-        """Decode these blocks `[n]`: `[kv_heads, n, block_size, d]` in float32."""
-        parts = (as_bytes(pool).index_select(1, blocks.to(pool.device)).view(pool.dtype) for pool in self.tensors)
-        return self.codec.decode(*parts)
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """Codes as plain bytes: many operators do not know float8."""
-    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+def decode(codes: Tensor, *ranges: Tensor) -> Tensor:
+    """What codes of any format stand for, in float32: their type says which format it is."""
+    return _BY_TYPE[codes.dtype].decode(codes, *ranges)

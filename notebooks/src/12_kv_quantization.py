@@ -13,8 +13,8 @@ numbers has 16 bits. This lesson stores them in 8 and in 4, finds out where that
 # %%
 import torch
 
-from minillm import SamplingParams, load_model, load_tokenizer
-from minillm.cache.contiguous import new_cache
+from minillm import LLM, SamplingParams, load_model, load_tokenizer
+from minillm.attention.reference import naive_attention
 from minillm.costs.formulas import format_element_bytes, step_bytes
 from minillm.costs.roof import quantized_speedup
 from minillm.costs.steps import decode_step
@@ -22,11 +22,16 @@ from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.formats import format_figure, quality_figure
 from minillm.course.figures.quantization import level_figure
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
-from minillm.generate import extend, generate
+from minillm.generate import extend
 from minillm.measure.bench_kv import bench_kv, bench_quality
-from minillm.measure.kv_quality import held_out_rows, perplexity, trained_samples
+from minillm.measure.kv_quality import (
+    held_out_rows,
+    one_sequence,
+    perplexity,
+    trained_samples,
+)
 from minillm.model.shapes import named_shape
-from minillm.quantization.formats import FORMATS, Format, Int4, PerToken8
+from minillm.quantization.formats import FORMATS, Int4, PerToken8
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -79,7 +84,7 @@ and head. Loudness is a channel's root mean square. And the values, for comparis
 """
 
 # %%
-text = held_out_rows(tokenizer, 4, 1024)
+text = held_out_rows(tokenizer, 12, 512)
 samples = trained_samples(
     model, text[0].tolist()
 )  # a sample: one layer's queries, keys, values
@@ -109,24 +114,60 @@ On the left the range belongs to the token and reaches from its loudest negative
 apart that the quiet channels hit two or three of them. On the right each channel has its own. The lines at the bottom are the
 price. Were the title wrong, they would lie on each other, as they do for keys without loud channels.
 
-That is the insight of KIVI (Liu et al. 2024, arXiv:2402.02750): **keys need a range per channel, values a range per token.**
+That is the insight of KIVI (Liu et al. 2024, arXiv:2402.02750): **keys want a range per channel, values one per token.**
 
-## What is stored
+## What an engine can store
 
-`minillm` has three formats. In `int8` and `fp8` each token and head has one scale, for keys and values alike; with 256 levels
-that is enough. (`fp8` are numbers of 8 bits with an exponent, e4m3: their steps grow with the number.) In `int4`, values have a range
-per token and keys one per channel of a *block* of 32 tokens, and two codes share a byte. The real tensors of one such block:
+A range per channel has a catch. Tokens arrive one by one, and the range of a channel is known when all tokens of a block are there,
+not before. Until then the newest keys must be kept exactly, beside the cache, and whoever goes on in the middle of a block (a shared
+prefix, a chunk, a rejected guess) must know of them. There is a middle way: a range per token, but for *groups of 32 channels*. A loud
+channel then spoils the codes of 31 others instead of all.
+
+What is the middle way worth? The error of attention's output with the keys of all layers stored in each way:
+"""
+
+
+# %%
+def round_trip(x, group):
+    codec = Int4(group)  # as many neighbouring channels share a range
+    return codec.decode(*codec.encode(x))
+
+
+def by_channel(x):  # the same on blocks of 32 tokens that lie on their side
+    return round_trip(x.unflatten(1, (-1, 32)).mT, 32).mT.flatten(1, 2)
+
+
+ways = {
+    "a token": (lambda k: round_trip(k, 64), 4 + 32 / 64),
+    "32 channels": (lambda k: round_trip(k, 32), 4 + 32 / 32),
+    "16 channels": (lambda k: round_trip(k, 16), 4 + 32 / 16),
+    "a channel": (by_channel, 4 + 32 / 32),
+}
+for whose, (stored, bits) in ways.items():
+    errors = []
+    for one in samples:
+        out, exact = (naive_attention(one.q[-64:], k, one.v, scale=1 / 8) for k in (stored(one.k), one.k))
+        errors.append(float((out - exact).norm() / exact.norm()))
+    print(f"a range for {whose:11}: {bits:.2f} bits, error {sum(errors) / len(errors):.3f}")
+
+# %% [markdown]
+"""
+Groups lie in between. `minillm` stores groups: a token is written by itself, at once, and nothing else in the engine knows
+that keys are quantised.
+
+There are three formats, for keys and values alike. In `int8` and `fp8` each token and head has one scale; with 256 levels
+that is enough. (`fp8` are numbers of 8 bits with an exponent, e4m3: their steps grow with the number.) In `int4` each token and head has a
+range for every 32 channels, and two codes share a byte. The real tensors of 16 tokens:
 """
 
 # %%
-block = samples[layer].k[:, :32]  # [kv_heads, tokens, channels]
-for name, form in FORMATS.items():
-    for what, codec in (("keys", form.keys), ("values", form.values)):
-        parts = [f"{str(p.dtype)[6:]} {[*p.shape]}" for p in codec.encode(block)]
-        print(f"{name:5} {what:7}", ", ".join(parts))
-    elements = 2 * block.numel()
-    bits = 8 * form.block_bytes(*block.shape) / elements
-    formula = 8 * format_element_bytes(name, head_dim=block.shape[2], block_size=32)
+block = samples[layer].k[:, :16]  # [kv_heads, tokens, channels]
+for name, codec in FORMATS.items():
+    stored = codec.encode(block)
+    parts = [f"{str(part.dtype)[6:]} {[*part.shape]}" for part in stored]
+    bits = 8 * sum(part.nbytes for part in stored) / block.numel()
+    formula = 8 * format_element_bytes(name, head_dim=block.shape[2])
+    print(f"{name:5}", ", ".join(parts))
     print(f"      {bits:.2f} bits per number, ranges included; by formula {formula:.2f}\n")
 
 # %% [markdown]
@@ -151,7 +192,7 @@ def dequantize(codes, scale):
 x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(1))
 codes, scale = quantize(x)
 ours = dequantize(codes, scale)
-codec = FORMATS["int8"].keys
+codec = FORMATS["int8"]
 theirs = codec.decode(*codec.encode(x))
 print(f"largest error, in half steps:      {((ours - x).abs() / (scale / 254)).max():.4f}")
 print(f"root mean square error:            {(ours - x).square().mean().sqrt():.5f}")
@@ -160,44 +201,37 @@ print(f"a token of zeros comes back as     {dequantize(*quantize(torch.zeros(1, 
 
 # %% [markdown]
 """
-## Keys must wait
+## However it is cut
 
-A range per channel has a catch. Tokens arrive one by one, and the range of a channel is known when all 32 keys of the block are
-there, not before. So the keys of the newest block are kept as the model made them, in a *tail*, and the rule is:
-
-> A query sees the keys of its own block exactly, and those of earlier blocks as they are stored.
-
-The rule speaks of positions alone. So it cannot matter how a text is cut into steps: all at once, in chunks, token by token. We try
-the three.
+A token is written first and read back as it is stored, by its own query too. So it cannot matter how a text is cut into steps: all at
+once, in chunks, token by token. We try the three.
 """
 
 # %%
 tokens = text[1, :100]
 for name in ("int8", "int4"):
-    outs, codes = [], []
+    outs, kept = [], []
     for size in (100, 48, 1):
-        sizes = {"capacity": 100, "device": model.device, "dtype": model.dtype}
-        cache = new_cache(model.config, FORMATS[name], **sizes)
+        cache = one_sequence(model, FORMATS[name], capacity=100)
         for part in tokens.split(size):
             logits = extend(model, part, cache)
         outs.append(logits)
-        pools = cache.blocks.keys + cache.blocks.values
-        codes.append(torch.cat([pool.tensors[0].flatten() for pool in pools]))
-    differ = [float((a != codes[0]).float().mean()) for a in codes]
+        kept.append(torch.cat([cache.keys, cache.values]))
+    differ = [float((a != kept[0]).float().mean()) for a in kept]
     apart = [float((a - outs[0]).abs().max()) for a in outs]
     for cut, share, most in zip(("at once", "chunks", "singly"), differ, apart, strict=True):
-        print(f"{name}, {cut:7}: {100 * share:.2f} % other codes, logits differ by {most:.0e}")
+        print(f"{name}, {cut:7}: {100 * share:.2f} % other numbers, logits differ by {most:.0e}")
 
 # %% [markdown]
 """
-Chunks change nothing. Token by token a few codes are others, and the logits differ in the second or third digit behind the point. The rule is not
+Chunks change nothing. Token by token a few numbers can be others, and then the logits differ in the second or third digit behind the point. The rule is not
 to blame: the unquantised model, too, computes a single token with another order of additions than many, and gets another last
 digit. A number that happens to lie halfway between two levels then falls to the other side, and a difference in the seventh digit becomes a whole step. **Rounding is not
 continuous.** The answer is just as good, but it is not the same bits.
 
 So quantised caches go together with everything that cuts sequences differently: chunked prefill, shared prefixes, preemption, speculation.
 
-Generation takes the format as a parameter; so do `LLM(kv_format=…)` and the engine. The same prompt in each of them. A format that turns one close decision writes another text from
+`LLM` takes the format as a parameter. The same prompt in each of them. A format that turns one close decision writes another text from
 there on, and that alone does not make it a worse one:
 """
 
@@ -207,8 +241,9 @@ prompt = (
 )
 params = SamplingParams(temperature=0, max_tokens=24)
 for name in ("auto", *FORMATS):
-    written = list(generate(model, tokenizer.encode(prompt), params, kv_format=name))
-    print(f"{name:5}", repr(tokenizer.decode(written)))
+    llm = LLM("tiny", kv_format=name, device="cpu", dtype="float32")
+    written = llm.generate([prompt], params, progress=False)[0].outputs[0]
+    print(f"{name:5}", repr(written.text))
 
 # %% [markdown]
 """
@@ -241,8 +276,7 @@ show(
 
 # %% [markdown]
 """
-The bars end at their ticks: capacity is what the formula says. (int4's second bar is a little longer: the exact keys of the newest block are
-read as well.) Now compare the two upper panels with the lower one. **Fewer bytes are not less time.** The time would fall if the machine
+The bars end at their ticks: capacity is what the formula says. Now compare the two upper panels with the lower one. **Fewer bytes are not less time.** The time would fall if the machine
 waited for the cache's bytes. This model and its cache are small enough for the processor's own caches, and turning codes back into numbers
 takes operators that a plain cache does not need.
 
@@ -255,13 +289,16 @@ guess.against(more)
 
 # %% [markdown]
 """
-Not 4: the ranges are part of the price. A range per token serves 64 numbers and one per channel 32, and both have two ends of 16 bits.
+Not 4: the ranges are part of the price. A range serves 32 numbers and has two ends of 16 bits: one bit more for each number.
 
 ## Measure: what it costs
 
 *Perplexity* is how many tokens the model hesitates between, on average: the exponential of its mean surprise at each next token. We
 measure it on text that it was not trained on, with every key and value read through the format. Beside the formats stands a mutant: int4 with
-a range per token for keys as well.
+one range for all channels of a token.
+
+On a text as short as ours most of that is luck: errors push the probabilities of single tokens up and down, and it nearly cancels. So we also
+take the *divergence* of the model's distributions from the unquantised ones (Kullback and Leibler's, in thousandths of a nat per token), where nothing cancels.
 
 And the error of attention's output, on three kinds of keys: Gaussian ones, as random weights would make them; Gaussian ones with four
 channels that are five times as large; and those of the trained model.
@@ -274,7 +311,7 @@ for one in quality:
     print(f"{one.format:14} {one.bits:5.2f} bits, perplexity {one.perplexity:.3f} {change}")
     if one.errors:
         errors = ", ".join(f"{kind} {error:.3f}" for kind, error in one.errors.items())
-        print(f"               error by keys: {errors}")
+        print(f"               divergence {1e3 * one.divergence:.2f}, error by keys: {errors}")
 
 # %%
 loss = {one.format: 100 * one.loss(quality[0]) for one in quality}
@@ -288,11 +325,11 @@ show(
 
 # %% [markdown]
 """
-Left: the distance between the filled point at the lower bits and the empty one is what it costs to share ranges the wrong way, at nearly the same
-bits. A format *below* the line is luck, not virtue: errors push single tokens up and down, and what is left of int8's is noise.
+Left: a format *below* the line is luck, not virtue, and a tenth of a per cent between two points means nothing yet. The divergence above is what to
+compare them by: with one range per token (the empty point) it is half as large again, for half a bit less.
 
-Right: on Gaussian keys (circles) the two versions of int4 are about equal. **Random weights cannot tell a good format from a bad one**:
-they have no loud channels. The squares can, and so do the trained keys.
+Right: on Gaussian keys (circles) groups gain only what a range of fewer numbers gains, because it is narrower. **Random weights cannot tell a good
+format from a bad one**: they have no loud channels. With four of them (squares) the two versions of int4 lie much further apart.
 
 ## Explore: other layers
 
@@ -321,7 +358,7 @@ You need two numbers from lesson 03: weights of about 15 GB without the embeddin
 
 # %%
 llama = named_shape("llama-3.1-8b")
-shrink = 2 / format_element_bytes("int4", head_dim=llama.head_dim, block_size=32)
+shrink = 2 / format_element_bytes("int4", head_dim=llama.head_dim)
 words = []
 for batch, context in ((1, 1000), (32, 8000)):
     share = step_bytes(llama, decode_step(context, batch), 2).kv_share
@@ -398,11 +435,9 @@ class Swapped(Int4):
         return (codes << 4 | codes >> 4, *ends)
 
 
-few = text[:, :256]
-right = FORMATS["int4"]
-wrong = Format("swapped", keys=Swapped(dim=-2), values=Swapped(dim=-1))
-for form in (None, right, wrong):
-    print(f"{form.name if form else 'auto':8} perplexity {perplexity(model, few, form):8.2f}")
+few = text[:8, :256]
+for name, codec in (("auto", None), ("int4", FORMATS["int4"]), ("swapped", Swapped())):
+    print(f"{name:8} perplexity {perplexity(model, few, codec):8.2f}")
 
 # %% [markdown]
 """
@@ -421,7 +456,7 @@ class UnitScale(PerToken8):
 
 
 for name in ("fp8", "int8"):
-    codec = FORMATS[name].values
+    codec = FORMATS[name]
     unit = UnitScale(codec.dtype, codec.largest)
     for factor in (1.0, 0.001, 1000.0):
         x = factor * samples[layer].v[head]
@@ -441,10 +476,10 @@ A scale per token follows its numbers wherever they are. A unit scale is right b
 * **vLLM**, `--kv-cache-dtype fp8`: codes are written by `csrc/cache_kernels.cu` and read by the attention kernels. Its scale is one per layer, and 1.0 unless the
   checkpoint brings a calibrated one: the second mutant, as a default.
 * **SGLang**, `--kv-cache-dtype fp8_e4m3` or `fp8_e5m2`: `python/sglang/srt/mem_cache/memory_pool.py` holds the codes.
-* **llama.cpp**, `-ctk q8_0 -ctv q8_0` and others: keys and values are stored in the formats of its weights, groups of 32 numbers of one token with a scale.
-* **transformers**, `src/transformers/cache_utils.py`: `QuantizedLayer` keeps the newest tokens exact, as our tails do, and decodes everything before each
+* **llama.cpp**, `-ctk q8_0 -ctv q8_0` and others: keys and values are stored in the formats of its weights, groups of 32 numbers of one token with a scale, as our int4.
+* **transformers**, `src/transformers/cache_utils.py`: `QuantizedLayer` keeps the newest tokens exact, so that it can give keys a range per channel, and decodes everything before each
   step: it saves memory, not time.
-* **minillm**: `minillm/quantization/formats.py` for the codes, `minillm/quantization/tails.py` for the newest keys, `minillm/quantization/attention.py` for reading; the Triton kernels decode
+* **minillm**: `minillm/quantization/formats.py` for the codes, `minillm/quantization/cache.py` for writing them, `minillm/quantization/attention.py` for reading; the Triton kernels decode
   a tile when they load it.
 
 ## Three questions

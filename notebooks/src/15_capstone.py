@@ -444,13 +444,13 @@ Paths of vLLM are below `vllm/`, those of SGLang below `python/sglang/srt/`. Fil
 | **where keys and values lie** |  |
 | `cache/blocks.py` | `v1/core/block_pool.py`, `kv_cache_manager.py`, `kv_cache_utils.py`<br>`mem_cache/allocator.py`, `mem_cache/radix_cache.py` |
 | `cache/paged.py` | `v1/worker/gpu_model_runner.py`, `v1/worker/block_table.py`<br>`mem_cache/memory_pool.py` |
-| `cache/quantized.py`, `formats.py`, `tails.py` | `--kv-cache-dtype` |
+| `quantization/cache.py`, `quantization/formats.py` | `--kv-cache-dtype` |
 | `cache/contiguous.py`, `snapshot.py` (to learn from) | – |
 | **attention** |  |
 | `attention/layout.py` | `v1/attention/backend.py` (metadata)<br>`model_executor/forward_batch_info.py` |
 | `attention/paged.py`, `grouped.py`, `sdpa.py` | `v1/attention/backends/`<br>`layers/attention/` |
 | `attention/triton_prefill.py`, `triton_decode.py`, `triton_paged.py`, `triton_tiles.py` | `v1/attention/ops/triton_unified_attention.py`<br>`layers/attention/triton_ops/extend_attention.py`, `decode_attention.py` |
-| `attention/quantized.py` | in the kernels |
+| `quantization/attention.py` | in the kernels |
 | `attention/naive.py`, `tiled.py`, `contiguous.py` (to learn from) | – |
 | **the model** |  |
 | `model/decoder.py`, `rope.py` | `model_executor/models/llama.py`, `layers/rotary_embedding/`<br>`models/llama.py`, `layers/rotary_embedding.py` |

@@ -12,7 +12,7 @@ import pytest
 
 from minillm.cli import main
 from minillm.course.lab.stubs import make_stub
-from minillm.course.use import Used
+from minillm.course.use import Used, plug_in
 from minillm.course.use.table import PLUGS
 from minillm.errors import LearnerError
 from minillm.llm import LLM
@@ -53,11 +53,12 @@ LOAD = cache(load_model)
 
 def serve(model: str = "tiny-draft", use: Path | None = None, **settings: Any) -> tuple[list[list[int]], list[Used]]:
     """All completions, in two rounds, of which the second finds the first one's prefixes."""
-    llm = LLM(model, dtype="float32", device="cpu", use=use, debug=True, **settings)
+    llm = LLM(model, dtype="float32", device="cpu", debug=True, **settings)
+    used = plug_in(llm, use) if use else []
     outputs = [out for _ in range(2) for out in llm.generate(PROMPTS, PARAMS, progress=False)]
     for out in outputs:
         assert out.metrics.ttft is not None and out.metrics.tpot is not None and out.metrics.itl
-    return [completion.token_ids for out in outputs for completion in out.outputs], llm.used
+    return [completion.token_ids for out in outputs for completion in out.outputs], used
 
 
 def in_place(rows: list[Used]) -> set[tuple[str, ...]]:
@@ -216,7 +217,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "an error on import": ("ex06_flash_attention.py", b"import torch\n\n1 / 0\n", "Line 3: ZeroDivisionError"),
     "a missing package": ("ex06_flash_attention.py", b"import no_such_package\n", "package no_such_package"),
     "another name": ("attention.py", b"", "no exercise: its name should be"),
-    "an exercise without a place": ("ex08_batching.py", b"", "it has no place in the engine"),
+    "an exercise without a place": ("ex08_batching.py", b"x = 1\n", "it has no place in the engine"),
 }
 
 
@@ -226,14 +227,14 @@ def test_bad_files(kind: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(LearnerError, match=message):
-        LLM("tiny-draft", use=path)
+        plug_in(LLM("tiny-draft"), path)
 
 
 def test_bad_places(tmp_path: Path) -> None:
     with pytest.raises(LearnerError, match="no such file or folder"):
-        LLM("tiny-draft", use=tmp_path / "exercises")
+        plug_in(LLM("tiny-draft"), tmp_path / "exercises")
     with pytest.raises(LearnerError, match="there is no exercise in it"):
-        LLM("tiny-draft", use=tmp_path)
+        plug_in(LLM("tiny-draft"), tmp_path)
 
 
 def test_a_folder_does_without_files_whose_packages_are_missing(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_a_folder_does_without_files_whose_packages_are_missing(tmp_path: Path) 
 
 def test_a_place_that_this_engine_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(LearnerError, match=r"this engine has no place for it.*round_fp8: .*see kv_format='fp8'"):
-        LLM("tiny-draft", use=FILES["ex12"])
+        plug_in(LLM("tiny-draft"), FILES["ex12"])
 
 
 def test_the_command_line_tells_what_is_in_place(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,13 +9,18 @@ from functools import cache
 import pytest
 import torch
 
+from minillm.config import EngineConfig
+from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
-from minillm.generate import decode, prefill
+from minillm.generate import decode, generate, prefill
 from minillm.measure.bench_kv import bench_kv, bench_quality
 from minillm.measure.kv_quality import (
+    COMPARED,
     PER_TOKEN,
     drawn_sample,
+    fidelity,
     held_out_rows,
+    one_sequence,
     output_error,
     perplexity,
     trained_samples,
@@ -23,7 +28,9 @@ from minillm.measure.kv_quality import (
 from minillm.model.decoder import Decoder
 from minillm.model.loader import load_model
 from minillm.model.tokenizer import Tokenizer, load_tokenizer
-from minillm.quantization.formats import FORMATS, Format, Int4, PerToken8
+from minillm.quantization.formats import FORMATS, Int4, PerToken8
+from minillm.sampling import SamplingParams
+from tests.cache.definition import DefinitionCache
 from tests.families import random_model
 
 
@@ -35,23 +42,15 @@ def tiny() -> tuple[Decoder, Tokenizer]:
 
 
 def test_bytes_are_those_of_the_formula() -> None:
-    """Integer equality, ranges included.
-
-    Only int4 moves something else: each sequence's newest block of keys is read exactly, not as stored, and read once
-    more to be quantised, because these contexts complete it.
-    """
-    model, batch = random_model("qwen3", dtype=torch.bfloat16), 2
-    config = model.config
-    blocks, d = batch * config.num_layers * config.num_kv_heads, config.head_dim
-    exact, stored = 2 * 32 * d, 32 * d // 2 + 2 * 2 * d
-    rows = bench_kv(model, contexts=[64, 128], batch=batch, repeats=1)
+    """Integer equality, ranges included."""
+    rows = bench_kv(random_model("qwen3", dtype=torch.bfloat16), contexts=[64, 128], batch=2, repeats=1)
     assert [row.format for row in rows] == ["auto", "fp8", "int8", "int4"]
     for row in rows:
-        more = blocks * (2 * exact - stored) if row.format == "int4" else 0
         assert row.allocated_bytes == row.predicted_bytes
         for step in row.steps:
             assert step.counted.weights == step.predicted.weights
-            assert step.counted.kv_read == step.predicted.kv_read + more
+            assert step.counted.kv_read == step.predicted.kv_read
+            assert step.counted.kv_write == step.predicted.kv_write
 
 
 def test_shares_of_a_16_bit_cache() -> None:
@@ -59,7 +58,7 @@ def test_shares_of_a_16_bit_cache() -> None:
     model = random_model("qwen3", dtype=torch.bfloat16, head_dim=64)
     plain, fp8, int8, int4 = (row.allocated_bytes for row in bench_kv(model, contexts=[32], repeats=1))
     assert fp8 == int8 == plain * (64 + 2) / 128 <= 0.53 * plain
-    assert int4 == plain * 4.75 / 16 <= 0.32 * plain
+    assert int4 == plain * 5 / 16 <= 0.32 * plain
 
 
 def test_a_report_is_plain_data() -> None:
@@ -89,18 +88,40 @@ def test_perplexity_is_that_of_decoding_token_by_token() -> None:
     assert perplexity(model, rows) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
 
 
+def test_fidelity_by_definition() -> None:
+    """The perplexity is `perplexity`'s; the divergence is Σ p log(p / q), token by token in float64."""
+    model, tokenizer = tiny()
+    rows, codec = held_out_rows(tokenizer, 2, 30), FORMATS["int4"]
+    found = fidelity(model, rows, {"plain": None, "int4": codec})
+    total = 0.0
+    for row in rows.tolist():
+        caches = [one_sequence(model, one, 30) for one in (None, codec)]
+        for token in row[:-1]:
+            p, q = (decode(model, token, one).double().softmax(-1) for one in caches)
+            total += float((p * (p / q).log()).sum())
+    assert found["int4"].divergence == pytest.approx(total / 58, rel=1e-3)
+    assert found["plain"] == (pytest.approx(perplexity(model, rows)), 0)
+    assert found["int4"].perplexity == pytest.approx(perplexity(model, rows, codec))
+
+
 def test_held_out_perplexity_keeps_its_budget() -> None:
-    """int8 +0.1 %, fp8 +0.5 %, int4 +2 %; the mutant with ranges per token for keys loses visibly more than int4."""
+    """int8 +0.1 %, fp8 +0.5 %, int4 +2 %.
+
+    So few tokens know a perplexity to a fifth of a per cent. That one range per token does worse shows in what is
+    hardly noisy at all: the divergence, and the error of attention's output on the trained keys.
+    """
     model, tokenizer = tiny()
     plain, *found = bench_quality(model, held_out_rows(tokenizer, 4, 1024))
     losses = {one.format: one.loss(plain) for one in found}
     assert losses["int8"] < 0.001 and losses["fp8"] < 0.005 and losses["int4"] < 0.02, losses
-    assert losses[PER_TOKEN.name] > 1.25 * losses["int4"], losses
-    assert plain.errors == {} and all(one.errors["trained"] > 0 for one in found)
+    apart = {one.format: one.divergence for one in found}
+    assert apart["int8"] < apart["fp8"] < apart["int4"] < apart[PER_TOKEN] / 1.25 and plain.divergence == 0, apart
+    errors = {one.format: one.errors["trained"] for one in found}
+    assert plain.errors == {} and errors["int8"] < errors["fp8"] < errors["int4"] < errors[PER_TOKEN] / 1.1, errors
 
 
 TABLE = {"fp8": 0.037, "int8": 0.009}  # relative output error on Gaussian keys, d = 128, 2048 keys
-BY_TOKEN, BY_BLOCK = 0.142, 0.109  # int4 with groups of 128 numbers, and of 32
+BY_TOKEN, BY_GROUP = 0.142, 0.109  # int4 with groups of 128 numbers, and of 32
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -108,21 +129,35 @@ def test_errors_on_gaussian_keys_are_the_known_ones(name: str) -> None:
     assert output_error([drawn_sample()], FORMATS[name]) == pytest.approx(TABLE[name], rel=0.2)
 
 
-def test_loud_channels_are_what_ranges_per_channel_are_for() -> None:
-    """On Gaussian keys it hardly matters whose a range is; on loud channels the wrong choice costs twice the error."""
+def test_loud_channels_are_what_groups_are_for() -> None:
+    """On Gaussian keys groups gain a little; with loud channels one range per token costs far more."""
     plain, loud = [drawn_sample()], [drawn_sample(outliers=True)]
-    assert output_error(plain, PER_TOKEN) == pytest.approx(BY_TOKEN, rel=0.2)
-    assert BY_BLOCK * 0.8 < output_error(plain, FORMATS["int4"]) < BY_TOKEN * 1.2
-    assert output_error(loud, PER_TOKEN) > 2 * output_error(loud, FORMATS["int4"])
+    token, group = (output_error(plain, COMPARED[name]) for name in (PER_TOKEN, "int4"))
+    assert token == pytest.approx(BY_TOKEN, rel=0.2) and group == pytest.approx(BY_GROUP, rel=0.2)
+    assert output_error(loud, COMPARED[PER_TOKEN]) > 1.4 * output_error(loud, COMPARED["int4"])
 
 
 def test_trained_keys_are_not_gaussian() -> None:
-    """What random weights would never show: with trained keys a range per token is clearly worse."""
+    """What random weights would never show: with trained keys one range per token is clearly worse."""
     model, tokenizer = tiny()
     samples = trained_samples(model, held_out_rows(tokenizer, 1, 256)[0].tolist())
     assert len(samples) == model.config.num_layers
-    right, wrong = (output_error(samples, Format("", Int4(dim), Int4(-1))) for dim in (-2, -1))
-    assert wrong > 1.2 * right
+    right, wrong = (output_error(samples, Int4(group)) for group in (32, 64))
+    assert wrong > 1.1 * right
+
+
+def test_a_rounded_cache_is_the_engines() -> None:
+    """The same tokens as from the engine's cache, where the codes themselves are kept; and as by definition."""
+    model, prompt = random_model("qwen3", seed=3), list(range(40))
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    for name, codec in FORMATS.items():
+        rounded = list(generate(model, prompt, params, cache=one_sequence(model, codec, 1)))
+        by_definition = list(generate(model, prompt, params, cache=DefinitionCache(codec)))
+        engine, got = Engine(model, EngineConfig(kv_format=name)), []
+        engine.add(prompt, params)
+        while engine.has_unfinished:
+            got += [token for event in engine.step() for token in event.token_ids]
+        assert rounded == got == by_definition
 
 
 def test_a_unit_scale_is_found_out() -> None:
@@ -135,7 +170,7 @@ def test_a_unit_scale_is_found_out() -> None:
     codec = UnitScale(torch.float8_e4m3fn, 448.0)
     small = drawn_sample()
     small = type(small)(small.q, small.k, 1e-3 * small.v)
-    assert output_error([small], Format("unit", codec, codec)) > 5 * output_error([small], FORMATS["fp8"])
+    assert output_error([small], codec) > 5 * output_error([small], FORMATS["fp8"])
 
 
 def test_held_out_rows_end_somewhere() -> None:

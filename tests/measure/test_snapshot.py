@@ -8,8 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from minillm.cache.blocks import BlockPool, BlockTable
+from minillm.engine.engine import Engine
+from minillm.engine.trace import StepRecord
 from minillm.measure import snapshot as module
-from minillm.measure.snapshot import ROOT, PoolSnapshot
+from minillm.measure.snapshot import ROOT, PoolSnapshot, Tables, tables
+from minillm.sampling import SamplingParams
+from minillm.speculative.ngram import NgramProposer
+from tests.engine.scripted import scripted_engine
+from tests.engine.workloads import play, random_workload
 
 BLOCK = 4
 Holders = dict[str, tuple[BlockTable, list[int]]]
@@ -23,7 +29,7 @@ def churn(seed: int, steps: int = 40) -> tuple[BlockPool, Holders]:
         action = rng.choice(["open", "grow", "fork", "close"] if name else ["open"])
         if action == "open":
             tokens = [rng.randrange(2) for _ in range(rng.randint(1, 14))]
-            table, start = pool.open(tokens)
+            table, start = pool.open(tokens, pool.lookup(tokens))
             _compute(pool, holders, f"s{step}", table, start, tokens)
         elif action == "grow":
             table, tokens = holders[name]
@@ -108,3 +114,96 @@ def test_the_check_notices(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(AssertionError):
         for seed in range(40):
             check(seed)
+
+
+# Tables from the trace
+
+
+def watch(engine: Engine) -> list[Tables]:
+    """The real tables after each step of the engine, as they will be."""
+    seen: list[Tables] = []
+    step = engine.step
+
+    def watched() -> list:
+        before = len(engine.trace)
+        events = step()
+        if len(engine.trace) > before:
+            seen.append({(r.request_id, r.index): tuple(r.table.blocks) for r in engine.scheduler.running})
+        return events
+
+    engine.step = watched  # type: ignore[method-assign]
+    return seen
+
+
+def check_tables(seed: int, policy: str, proposer: NgramProposer | None = None) -> list[StepRecord]:
+    """Random requests that fork, share prefixes, are preempted, aborted and verified."""
+    workload = random_workload(seed, policy)
+    engine = scripted_engine(workload.config, proposer)
+    seen = watch(engine)
+    play(engine, workload)
+    for number, (got, want) in enumerate(zip(tables(engine.trace), seen, strict=True)):
+        assert got == want, f"{seed=} {policy=} step {number}"
+    return list(engine.trace)
+
+
+@pytest.mark.parametrize("policy", ["mixed", "prefill_first", "static"])
+def test_tables_follow_from_the_trace(policy: str) -> None:
+    start = random.randrange(2**32)
+    records = [record for seed in range(start, start + 120) for record in check_tables(seed, policy)]
+    records += [record for seed in range(start, start + 40) for record in check_tables(seed, policy, NgramProposer(1))]
+    parts = [part for record in records for part in record.requests]
+    assert any(record.preempted for record in records) and any(record.num_copies for record in records)
+    assert any(part.num_samples > 1 for part in parts) and any(part.num_drafts for part in parts)
+    assert any(
+        part.num_computed for record in records for part in record.requests if part.request_id in record.admitted
+    )
+
+
+def _served(engine: Engine, count: int = 3) -> None:
+    for _ in range(count):
+        engine.add([5] * 9, SamplingParams(temperature=0, n=2, max_tokens=12, ignore_eos=True))
+
+
+def test_tables_after_an_end_from_outside_and_a_step_that_failed() -> None:
+    engine = scripted_engine(block_size=2, num_blocks=40, max_num_batched_tokens=12)
+    seen = watch(engine)
+    _served(engine)
+    for _ in range(4):
+        engine.step()
+    engine.finish("#0", 1, "stop", "text")
+    engine.step()
+    run, engine.runner.run = engine.runner.run, None  # type: ignore[method-assign, assignment]
+    with pytest.raises(TypeError):
+        engine.step()
+    engine.runner.run = run  # type: ignore[method-assign]
+    list(engine.run())
+    assert ("#0", 1) in seen[3] and ("#0", 1) not in seen[4]
+    assert list(tables(engine.trace)) == seen
+
+
+def test_tables_of_a_trace_that_begins_late() -> None:
+    """Who was admitted before is left out; all that is told is true."""
+    engine = scripted_engine(block_size=2, num_blocks=40, max_num_batched_tokens=12)
+    seen = watch(engine)
+    _served(engine)
+    list(engine.run())
+    for first in range(len(seen)):
+        late = list(tables(list(engine.trace)[first:]))
+        assert all(got.items() <= want.items() for got, want in zip(late, seen[first:], strict=True))
+    assert any(tables(list(engine.trace)[2:]))
+
+
+def _forks_are_forgotten(part: module.RequestStep, before: tuple[int, ...]) -> list:
+    return [((part.request_id, part.index), before[: part.first_block] + part.blocks)]
+
+
+def _blocks_are_appended(part: module.RequestStep, before: tuple[int, ...]) -> list:
+    return [((part.request_id, part.index + i), before + part.blocks) for i in range(max(1, part.num_samples))]
+
+
+@pytest.mark.parametrize("wrong", [_forks_are_forgotten, _blocks_are_appended])
+def test_the_check_of_tables_notices(wrong: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_table", wrong)
+    with pytest.raises(AssertionError):
+        for seed in range(40):
+            check_tables(seed, "mixed")

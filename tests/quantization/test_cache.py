@@ -1,135 +1,99 @@
-"""The quantised caches as containers: bytes, sizes from a budget, copies, growth, truncation."""
+"""The quantised cache as a container: bytes, sizes from a budget, copies, and what opens it."""
 
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from minillm.cache import contiguous
-from minillm.cache.contiguous import ContiguousCache, QuantizedContiguousCache, new_cache
-from minillm.cache.paged import block_bytes, choose_num_blocks, choose_num_tails, tail_bytes
+from minillm import seams
+from minillm.cache.paged import block_bytes, choose_num_blocks
 from minillm.config import EngineConfig, ModelConfig
 from minillm.costs.formulas import format_element_bytes, kv_bytes_per_token
 from minillm.errors import ConfigError
-from minillm.generate import extend, generate
-from minillm.quantization.attention import quantized_attention
-from minillm.quantization.cache import QuantizedCache
-from minillm.quantization.formats import FORMATS
-from minillm.sampling import SamplingParams
-from tests.cache.definition import DefinitionCache
-from tests.families import random_model
+from minillm.quantization import attention, cache
+from minillm.quantization.cache import FORMATS, QuantizedCache, open_cache
 
 CONFIG = ModelConfig("LlamaForCausalLM", 50, 24, 32, 3, 6, 2, 64, max_position_embeddings=4000)
 CPU = torch.device("cpu")
 
 
+def opened(name: str, config: ModelConfig = CONFIG, num_blocks: int = 12, block_size: int = 16) -> QuantizedCache:
+    return open_cache(config, name, num_blocks=num_blocks, block_size=block_size, device=CPU, dtype=torch.bfloat16)
+
+
+def shaped(head_dim: int) -> ModelConfig:
+    return ModelConfig("LlamaForCausalLM", 50, 24, 32, 3, 6, 2, head_dim, max_position_embeddings=4000)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_cache_occupies_what_the_formula_says(name: str) -> None:
-    """Blocks by the formula, tails in the model's dtype, and nothing else."""
-    sizes = {"num_blocks": 12, "block_size": 32}
-    cache = QuantizedCache(
-        CONFIG, quantized_attention, FORMATS[name], **sizes, num_tails=5, device=CPU, dtype=torch.bfloat16
-    )
-    per_element = format_element_bytes(name, head_dim=64, block_size=32)
-    assert cache.bytes_per_token == kv_bytes_per_token(CONFIG, per_element)
-    tails = 5 * 32 * 3 * 2 * 64 * 2 if name == "int4" else 0
-    assert cache.num_bytes == 12 * 32 * cache.bytes_per_token + tails
-    assert tails in (0, 5 * tail_bytes(CONFIG, 32, torch.bfloat16))
-    assert block_bytes(CONFIG, 32, torch.bfloat16, FORMATS[name]) == 32 * cache.bytes_per_token
+def test_a_cache_occupies_what_the_formula_says(name: str, head_dim: int) -> None:
+    """Integers, and nothing else: codes and ranges, whatever the size of a block."""
+    config = shaped(head_dim)
+    per_token = kv_bytes_per_token(config, format_element_bytes(name, head_dim=head_dim))
+    for block_size in (1, 7, 16):
+        made = opened(name, config, 5, block_size)
+        assert made.bytes_per_token == per_token and made.num_bytes == 5 * block_size * per_token
+        assert cache.block_bytes(config, block_size, name) == block_size * per_token
+        assert block_bytes(config, block_size, torch.bfloat16, name) == block_size * per_token
+
+
+def test_bytes_per_token_by_hand() -> None:
+    """3 layers, keys and values, 2 heads of 64: 8 bits and one scale; 4 bits and two ranges of two ends."""
+    sizes = {name: opened(name).bytes_per_token for name in FORMATS}
+    assert sizes == {"fp8": 12 * (64 + 2), "int8": 12 * (64 + 2), "int4": 12 * (32 + 2 * 2 * 2)}
+    assert opened("int4", shaped(80)).bytes_per_token == 12 * (40 + 3 * 2 * 2), "groups of 27, 27 and 26"
 
 
 @pytest.mark.parametrize("budget", [200_000, 2_000_000, 20_000_000])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_budget_pays_for_blocks_and_tails(name: str, budget: int) -> None:
+def test_a_budget_is_filled(name: str, budget: int) -> None:
     """As many blocks as fit, and not one more."""
-    engine = EngineConfig(kv_format=name, cache_bytes=budget, max_num_seqs=8, max_num_batched_tokens=64)
+    engine = EngineConfig(kv_format=name, cache_bytes=budget, max_num_seqs=8)
     num_blocks = choose_num_blocks(CONFIG, engine, CPU, torch.bfloat16)
-
-    def occupied(num_blocks: int) -> int:
-        sizes = {"num_blocks": num_blocks, "block_size": engine.kv_block_size}
-        tails = choose_num_tails(engine, num_blocks)
-        return QuantizedCache(
-            CONFIG, quantized_attention, FORMATS[name], **sizes, num_tails=tails, device=CPU, dtype=torch.bfloat16
-        ).num_bytes
-
-    most = 1 + 8 * -(-4000 // engine.kv_block_size)
-    assert occupied(num_blocks) <= budget and (num_blocks == most or occupied(num_blocks + 1) > budget)
-
-
-def test_block_sizes_suit_the_format() -> None:
-    sizes = {name: EngineConfig(kv_format=name).kv_block_size for name in ("auto", *FORMATS)}
-    assert sizes == {"auto": 16, "fp8": 16, "int8": 16, "int4": 32}
-    assert EngineConfig(kv_format="int4", block_size=64).kv_block_size == 64
-    with pytest.raises(ConfigError, match=r"block_size=16 is too small for kv_format='int4'.*Use 32 or more"):
-        EngineConfig(kv_format="int4", block_size=16)
-
-
-# One sequence
+    most = 1 + 8 * -(-4000 // 16)
+    assert opened(name, num_blocks=num_blocks).num_bytes <= budget
+    assert num_blocks == most or opened(name, num_blocks=num_blocks + 1).num_bytes > budget
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_one_sequence_is_the_definition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Growing from one token, taken in chunks, rolled back: each layer sees what the format's definition says."""
-    monkeypatch.setattr(contiguous, "CHUNK", 7)
-    config = ModelConfig("LlamaForCausalLM", 8, 8, 8, 3, 6, 2, 8, 999)
-    for seed in range(3):
-        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        cache = QuantizedContiguousCache(
-            config, FORMATS[name], capacity=1, block_size=4, device=CPU, dtype=torch.float32
-        )
-        oracle = DefinitionCache(FORMATS[name], 4)
-        for _ in range(12):
-            new = rng.choice([1, 1, 2, 5, 20])
-            for layer in range(config.num_layers):
-                q, k, v = torch.randn(new, 10, 8, generator=generator).split([6, 2, 2], dim=1)
-                got, wanted = (one.attend(layer, q, k, v) for one in (cache, oracle))
-                where = f"seed {seed}, layer {layer}, {new} tokens behind {cache.num_tokens}"
-                torch.testing.assert_close(got, wanted, atol=2e-5, rtol=0, msg=where)
-            for one in (cache, oracle):
-                one.num_tokens += new
-            keep = cache.num_tokens - rng.randrange(min(4, new) + 1)
-            for one in (cache, oracle):
-                one.truncate(keep)
+def test_a_token_lies_in_its_slot(name: str) -> None:
+    """And nowhere else: what was there before stays, the dummy block included."""
+    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    made = opened(name, num_blocks=6, block_size=4)
+    slots = torch.tensor(rng.sample(range(24), 9))
+    k, v = torch.randn(2, 9, 2, 64, generator=generator)
+    metadata = SimpleNamespace(slot_mapping=slots)
+    made.prepare, made.attention = (lambda *_: None), (lambda q, *_, **__: q)
+    made.attend(metadata)(1, torch.zeros(9, 6, 64), k, v)  # type: ignore[arg-type]
+    for stored, x in ((made.keys, k), (made.values, v)):
+        found = FORMATS[name].decode(*stored[1]).flatten(1, 2)
+        expected = torch.zeros(2, 24, 64)
+        expected[:, slots] = FORMATS[name].decode(*FORMATS[name].encode(x)).transpose(0, 1)
+        assert torch.equal(found, expected)
+        assert all(not tensor.float().any() for layer in (0, 2) for tensor in stored[layer])
 
 
-def test_truncation_into_quantised_keys_is_refused() -> None:
-    """int4 goes on at the beginning of a block, or where the last step was; other formats anywhere."""
-    model = random_model("llama3", seed=2)
-    for name in FORMATS:
-        cache = new_cache(model.config, FORMATS[name], capacity=100, device=CPU, dtype=torch.float32)
-        for _ in range(3):
-            extend(model, torch.arange(30), cache)
-        cache.truncate(70)
-        if name == "int4":
-            with pytest.raises(ValueError, match=r"Cannot go on behind token 20: .*Truncate to 0"):
-                cache.truncate(20)
-        else:
-            cache.truncate(35)
-        cache.truncate(32)
-        with pytest.raises(ValueError, match="Cannot truncate a cache of 32 tokens to 33"):
-            cache.truncate(33)
+def test_unknown_formats_are_refused_by_name() -> None:
+    for make in (lambda: opened("int2"), lambda: cache.block_bytes(CONFIG, 16, "int2")):
+        with pytest.raises(ConfigError, match=r"kv_format='int2' is unknown\. Choose one of: auto, fp8, int8, int4"):
+            make()
 
 
-def test_generate_in_any_format() -> None:
-    """Of a random model every format chooses tokens of its own; int8 is close enough to choose the same."""
-    model = random_model("qwen3", seed=3)
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    plain, int8 = (list(generate(model, range(40), params, kv_format=name)) for name in ("auto", "int8"))
-    assert plain == int8
-    assert len(list(generate(model, range(40), params, kv_format="int4"))) == 12
-    assert isinstance(new_cache(model.config, None, capacity=1, device=CPU, dtype=torch.float32), ContiguousCache)
-    with pytest.raises(ConfigError, match="kv_format='q4' is unknown"):
-        list(generate(model, [1], params, kv_format="q4"))
+def test_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's kernels if there are any; the definition if there are none, or if it is asked for."""
+    assert opened("int4").attention is attention.quantized_attention
+    offered = SimpleNamespace(prepare=lambda *_: None, quantized_attention=lambda *_, **__: None)
+    monkeypatch.setattr(seams, "offer", lambda seam, device: {("quantized_attention", "cpu"): offered}[seam, device])
+    assert opened("int4").attention is offered.quantized_attention
+    assert opened("int4").prepare is offered.prepare
+    sizes: dict[str, Any] = {"num_blocks": 2, "block_size": 4, "device": CPU, "dtype": torch.float32}
+    assert open_cache(CONFIG, "int4", **sizes, kernels="reference").attention is attention.quantized_attention
 
 
-def test_memory_for_exact_keys_does_not_grow_with_the_prompt() -> None:
-    model = random_model("qwen3", seed=4)
-    held = []
-    for length in (600, 1200):
-        cache = new_cache(model.config, FORMATS["int4"], capacity=length, device=CPU, dtype=torch.float32)
-        extend(model, torch.zeros(length, dtype=torch.int64), cache)
-        assert isinstance(cache, QuantizedContiguousCache) and cache.blocks.tails
-        held.append(cache.blocks.tails.num_bytes)
-    assert held[0] == held[1]
+def test_the_seam_offers_the_formats() -> None:
+    assert seams.offer("kv_format") is cache and list(cache.FORMATS) == ["fp8", "int8", "int4"]

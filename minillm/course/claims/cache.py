@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minillm.config import BLOCK_SIZE
 from minillm.costs.formulas import (
     Bytes,
     format_element_bytes,
@@ -45,8 +44,10 @@ def _same_beginning(bench: Workbench) -> list[Served]:
     },
 )
 def prefill_writes_from_zero(bench: Workbench) -> dict[str, Finding]:
-    per_token = kv_bytes_per_token(bench.tiny.config, 4)
-    first, second = (sum(step.kv_bytes_written for step in served.steps) for served in _same_beginning(bench))
+    config, per_token = bench.tiny.config, kv_bytes_per_token(bench.tiny.config, 4)
+    first, second = (
+        sum(step_bytes(config, step.shape, 4).kv_write for step in served.steps) for served in _same_beginning(bench)
+    )
     return {
         "first": Finding(f"written for {LENGTH} tokens, none cached", LENGTH * per_token, first, "B"),
         "second": Finding(f"written with {SHARED} cached", (LENGTH - SHARED) * per_token, second, "B"),
@@ -58,7 +59,7 @@ def prefill_writes_from_zero(bench: Workbench) -> dict[str, Finding]:
     says="Prefill cannot use the KV cache: it is what builds it.",
     heard="explanations of why prefill is expensive",
     formula="tokens computed = N - cached",
-    otherwise="whoever shares a beginning with an earlier prompt (a system prompt, a conversation) starts behind it",
+    otherwise="whoever shares a beginning with an earlier prompt (a system prompt, a conversation) starts after it",
     cases=always(lambda p, m: m["second"] == m["first"]),
 )
 def prefill_cannot_reuse(bench: Workbench) -> dict[str, Finding]:
@@ -143,8 +144,8 @@ def cache_saves(bench: Workbench) -> dict[str, Finding]:
         for step in range(new):
             prefill(bench.tiny, prompt + written[:step])
     return {
-        "with": Finding("16 tokens behind 32, with a cache", with_cache, counted.total.flops, "FLOP"),
-        "without": Finding("16 tokens behind 32, without", without, again.total.flops, "FLOP"),
+        "with": Finding("16 tokens after 32, with a cache", with_cache, counted.total.flops, "FLOP"),
+        "without": Finding("16 tokens after 32, without", without, again.total.flops, "FLOP"),
     }
 
 
@@ -197,7 +198,7 @@ def _crossing(bench: Workbench) -> float:
 def quantised_cache(bench: Workbench) -> dict[str, Finding]:
     config = bench.shape("llama-3.1-8b").config
     layer = weightless(replace(config, num_layers=1))
-    shrink = 2 / format_element_bytes("int8", head_dim=config.head_dim, block_size=BLOCK_SIZE)
+    shrink = 2 / format_element_bytes("int8", head_dim=config.head_dim)
 
     def gain(context: int) -> tuple[float, float, float]:
         step = decode_step(context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import log
 
-from minillm.costs.formulas import least_bytes, matmul_parameters, step_flops, weight_bytes
+from minillm.costs.formulas import least_bytes, matmul_parameters, step_bytes, step_flops, weight_bytes
 from minillm.costs.roof import step_seconds
 from minillm.costs.steps import chunk_steps, decode_step, num_tokens
 from minillm.course.claims.card import Finding, always, claim
@@ -181,7 +181,8 @@ def ink_bottle(bench: Workbench) -> dict[str, Finding]:
         return len(run.decodes) / sum(step.num_tokens for step in run.decodes)
 
     def memory(run: Served) -> float:
-        return sum(step.kv_bytes_read for step in run.decodes) / sum(step.num_tokens for step in run.decodes)
+        reads = [step_bytes(bench.tiny.config, step.shape, 4).kv_read for step in run.decodes]
+        return sum(reads) / sum(step.num_tokens for step in run.decodes)
 
     one, many = served(1), served(16)
     return {

@@ -136,7 +136,7 @@ def linear_decode(bench: Workbench) -> dict[str, Finding]:
     attention, total = sum(f.attention for f in predicted), sum(f.total for f in predicted)
     measured = counted.by_part()["attention"].flops
     return {
-        "attention": Finding("attention of 23 steps behind 64 tokens", attention, measured, "FLOP"),
+        "attention": Finding("attention of 23 steps after 64 tokens", attention, measured, "FLOP"),
         "bound": Finding("the same over M (N + M) keys", attention / bound, measured / bound, "×"),
         "share": Finding(
             "attention's part of these steps' FLOPs",

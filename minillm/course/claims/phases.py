@@ -99,8 +99,7 @@ def until_the_end_token(bench: Workbench) -> dict[str, Finding]:
     aborted = engine.add(prompt, greedy)
     reasons = [event.finish_reason for event in engine.step()]
     engine.abort(aborted)
-    while engine.has_unfinished:
-        reasons += [event.finish_reason for event in engine.step()]
+    reasons += [event.finish_reason for event in engine.run()]
     return {
         "ended": Finding("requests that ended", 3, 3 - engine.scheduler.num_unfinished),
         "by_token": Finding("of these by an end token", 1, reasons.count("stop")),

@@ -34,8 +34,7 @@ def chunks_save_memory(bench: Workbench) -> dict[str, Finding]:
         engine.add(bench.prompt(8), SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
         engine.step()
         engine.add(bench.prompt(400, salt=1), SamplingParams(max_tokens=1))
-        while engine.has_unfinished:
-            engine.step()
+        list(engine.run())
         return max(step.num_tokens for step in engine.trace)
 
     def run(chunk: int) -> tuple[int, int]:
@@ -61,7 +60,7 @@ def chunks_save_memory(bench: Workbench) -> dict[str, Finding]:
     says="PagedAttention saves bandwidth: its larger batches turn vectors into matrices.",
     heard="lists of optimisations for decode",
     formula="linear layers: B FLOP/B (bf16); decode attention: heads / KV heads FLOP/B, whatever the batch",
-    otherwise="it manages memory: a sequence reads what it read before, and attention stays where it was",
+    otherwise="it manages memory: a request reads what it read before, and attention stays where it was",
     cases={
         "it is about the linear layers": lambda p, m: m["linear"] > 2,
         "it is about attention": lambda p, m: m["attention"] > 2,
@@ -106,7 +105,7 @@ def _in_blocks() -> int:
 def _held(bench: Workbench) -> float:
     prompts = [bench.prompt(length, salt) for salt, length in enumerate(LENGTHS)]
     served = bench.serve(bench.engine(max_num_batched_tokens=1024), prompts, [2] * len(LENGTHS))
-    return 16 * sum(len(part.blocks) for part in served.steps[-1].sequences) / (8 * RESERVED)
+    return 16 * sum(part.first_block + len(part.blocks) for part in served.steps[-1].requests) / (8 * RESERVED)
 
 
 @claim(

@@ -16,7 +16,7 @@ from minillm.costs.roof import expected_tokens, speculative_speedup
 from minillm.course.claims.card import Finding, always, claim
 from minillm.course.claims.workbench import Workbench
 from minillm.generate import generate, prefill
-from minillm.kernels.cpu.sdpa import sdpa_attention
+from minillm.kernels import sdpa
 from minillm.measure.counters import Counter
 from minillm.sampling import SamplingParams
 
@@ -40,7 +40,7 @@ def _attention_cost(kernel: Callable[..., object], q_len: int, kv_len: int) -> C
     cases=always(lambda p, m: m["flops"] < 0.9),
 )
 def flash_saves_flops(bench: Workbench) -> dict[str, Finding]:
-    naive, fused = (_attention_cost(kernel, 256, 1024) for kernel in (naive_attention, sdpa_attention))
+    naive, fused = (_attention_cost(kernel, 256, 1024) for kernel in (naive_attention, sdpa.attention))
     tiles = _attention_cost(partial(tiled_attention, q_tile=256, kv_tile=64), 256, 1024)
     return {
         "flops": Finding("FLOPs, fused over naive, 256 × 1024 pairs", 1, fused.total.flops / naive.total.flops, "×"),
@@ -118,7 +118,7 @@ def _accepted(bench: Workbench, cache: ContiguousCache, newest: int, guesses: li
 def one_phase_each(bench: Workbench) -> dict[str, Finding]:
     served = bench.serve(bench.engine(), [bench.prompt(40)], [11])
     by_phase = Tally(part.phase for step in served.steps for part in step.requests for _ in range(part.num_scheduled))
-    naive, fused = (_attention_cost(kernel, 1, 1024).total.bytes.total for kernel in (naive_attention, sdpa_attention))
+    naive, fused = (_attention_cost(kernel, 1, 1024).total.bytes.total for kernel in (naive_attention, sdpa.attention))
     return {
         "written": Finding(
             "KV written by prefill, 40 in, 11 out",

@@ -82,7 +82,7 @@ def attend_then_append(bench: Workbench) -> dict[str, Finding]:
 
 
 def _late_attend(cache: ContiguousCache) -> Attend:
-    """A decode step as the claim has it: the history alone is seen, whatever is appended behind it."""
+    """A decode step as the claim has it: the history alone is seen, whatever is appended after it."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.attend(layer, q, k, v)
@@ -98,7 +98,7 @@ def _late_attend(cache: ContiguousCache) -> Attend:
     says="A tokenizer cuts words into pieces and marks those inside a word with ##.",
     heard="examples that show BERT's WordPiece for an LLM's input",
     formula="byte-level BPE: pieces are bytes, so every text comes back unchanged",
-    otherwise="pieces are strings of bytes, the blank belongs to the word behind it, and nothing is marked",
+    otherwise="pieces are strings of bytes, the blank belongs to the word after it, and nothing is marked",
     cases=always(lambda p, m: m["marked"] > 0),
 )
 def hash_marks(bench: Workbench) -> dict[str, Finding]:

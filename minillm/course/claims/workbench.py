@@ -91,7 +91,7 @@ class Workbench:
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int], attend: Attend | None = None) -> Tensor:
-        """Logits [len(tokens), vocab_size] of the tiny model behind every token, all in one step."""
+        """Logits [len(tokens), vocab_size] of the tiny model after every token, all in one step."""
         hidden = self.tiny(torch.tensor(tokens), torch.arange(len(tokens)), attend or self.cache(len(tokens)).attend)
         return self.tiny.logits(hidden)
 
@@ -106,15 +106,14 @@ class Workbench:
 
     def serve(self, engine: Engine, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> Served:
         """Give an engine some prompts at once; each gets exactly so many greedy tokens."""
-        before = len(engine.trace)
+        before = engine.trace[-1].step if engine.trace else -1
         ids = []
         for prompt, length in zip(prompts, lengths, strict=True):
             ids.append(engine.add(prompt, SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)))
         tokens: dict[str, list[int]] = {request: [] for request in ids}
-        while engine.has_unfinished:
-            for event in engine.step():
-                tokens[event.request.request_id] += event.token_ids
-        return Served([tokens[request] for request in ids], list(engine.trace)[before:])
+        for event in engine.run():
+            tokens[event.request.request_id] += event.token_ids
+        return Served([tokens[request] for request in ids], [step for step in engine.trace if step.step > before])
 
     def count(self, model: Decoder, step: Step) -> Counter:
         """One step of a model under the counter. Several claims look at the same steps: each is run once."""

@@ -84,11 +84,11 @@ def _bought(rows: Sequence[KvRow]) -> str:
 
 
 def _lost(qualities: Sequence[KvQuality]) -> str:
-    """What int4 loses, and how much more with keys that share ranges by token; else the most that a format loses."""
+    """What int4 loses, and how much more with one range per token; else the most that a format loses."""
     losses = {one.format: 100 * one.loss(qualities[0]) for one in qualities[1:]}
-    right, wrong = losses.get("int4", math.inf), losses.get(PER_TOKEN.name, 0.0)
+    right, wrong = losses.get("int4", math.inf), losses.get(PER_TOKEN, 0.0)
     if 0 < right < wrong:
-        return f"int4 costs {right:.2f} % of perplexity; were keys' ranges per token, it would be {wrong:.2f} %"
+        return f"int4 costs {right:.2f} % of perplexity; with one range per token it would be {wrong:.2f} %"
     return f"No format costs more than {max(0.0, *losses.values()):.2f} % of perplexity"
 
 
@@ -154,7 +154,7 @@ def _draw_perplexity(axes: Axes, plain: KvQuality, others: Sequence[KvQuality]) 
     on_white: dict[str, Any] = {"size": style.SMALL, "bbox": {"fc": "white", "ec": "none", "pad": 0.8}}
     axes.axhline(0, color=style.QUIET, lw=0.8, zorder=0)
     for one, loss, marker in zip(others, losses, MARKERS, strict=False):
-        wrong = one.format == PER_TOKEN.name
+        wrong = one.format == PER_TOKEN
         axes.plot(one.bits, loss, marker, color=style.KV_CACHE, mfc="white" if wrong else style.KV_CACHE, ms=6)
     span = max(*losses, 0) - min(*losses, 0) or 1
     axes.set(xlim=(3.5, 9.9), ylim=(min(*losses, 0) - 0.15 * span, max(*losses, 0) + 0.3 * span))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -17,13 +18,17 @@ from torch import Tensor
 
 from minillm.course.figures import style
 from minillm.errors import ConfigError
-from minillm.quantization.formats import Int4
+from minillm.quantization.formats import Int4, spread
 
 LEFT, RIGHT = 0.85, 1.3  # inches: for the numbers of an axis, and for the words at its end
 TOP, MAP, PANEL, ERRORS, GAP = 0.65, 1.5, 1.7, 1.2, 0.5  # inches: above the map, heights of the parts, air between
 NEIGHBOURS, CHANNELS = 16, 128  # channels that are magnified; more than the latter are too narrow to be drawn
 LEVEL = "#b9bfc8"  # of the levels that numbers are rounded to
-OWNERS = {"token": Int4(dim=-1), "channel": Int4(dim=-2)}  # who has a range of its own
+ALL = Int4(group=10**6)  # one range for a whole row
+OWNERS = {
+    "token": False,
+    "channel": True,
+}  # who has a range of its own: a row of the keys, or of the keys on their side
 LINES = {"token": "-", "channel": "--"}
 WORDS: dict[str, Any] = {"loc": "left", "size": style.NORMAL, "weight": "normal", "pad": 4}
 
@@ -42,7 +47,7 @@ def level_figure(keys: Tensor, *, token: int = -1, where: str = "") -> Figure:
             f"even number of channels up to {CHANNELS}."
         )
     keys, token = keys.detach().float().cpu(), token % len(keys)
-    errors = {owner: _rounding_error(keys, codec) for owner, codec in OWNERS.items()}
+    errors = {owner: (_rounded(keys, owner)[0] - keys).square().mean(0).sqrt() for owner in OWNERS}
     figure = style.new_figure(TOP + MAP + PANEL + ERRORS + 2 * GAP + 0.85)
     style.add_title(figure, _level_title(errors))
     wide, near = style.WIDTH - LEFT - RIGHT, _quietest(keys)
@@ -56,9 +61,14 @@ def level_figure(keys: Tensor, *, token: int = -1, where: str = "") -> Figure:
     return figure
 
 
-def _rounding_error(keys: Tensor, codec: Int4) -> Tensor:
-    """Root mean square of the rounding error in each channel: [channels]."""
-    return (codec.decode(*codec.encode(keys)) - keys).square().mean(0).sqrt()
+def _rounded(keys: Tensor, owner: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys as they come back, and the lower and upper end of each number's range, `[tokens, channels]` all."""
+    rows = keys.mT if OWNERS[owner] else keys
+    rows = torch.cat([rows, rows[:, -1:]], 1) if rows.shape[1] % 2 else rows  # codes come in pairs
+    codes, low, high = ALL.encode(rows)
+    found = ALL.decode(codes, low, high), *(spread(end, rows.shape[1]) for end in (low, high))
+    back, bottom, top = (x.mT[: len(keys)] if OWNERS[owner] else x for x in found)
+    return back, bottom, top
 
 
 def _level_title(errors: dict[str, Tensor]) -> str:
@@ -91,12 +101,7 @@ def _draw_map(axes: Axes, keys: Tensor, near: range, token: int, where: str) -> 
 
 def _draw_levels(axes: Axes, keys: Tensor, owner: str, near: range, token: int) -> None:
     """One token's quiet numbers as dots, the levels of each channel as dashes, a line to the nearest level."""
-    codec = OWNERS[owner]
-    codes, low, high = codec.encode(keys)
-    ends = (end.float().unsqueeze(codec.dim) for end in (low, high))
-    row, rounded, bottom, top = (
-        x.expand_as(keys)[token, near.start : near.stop].numpy() for x in (keys, codec.decode(codes, low, high), *ends)
-    )
+    row, rounded, bottom, top = (x[token, near.start : near.stop].numpy() for x in (keys, *_rounded(keys, owner)))
     channels, step = np.array(near), (top - bottom) / 15
     for index in range(16):
         axes.hlines(bottom + index * step, channels - 0.4, channels + 0.4, color=LEVEL, lw=0.8)

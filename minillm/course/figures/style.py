@@ -4,18 +4,21 @@ A colour has one meaning, and position, hatch or a letter always says the same t
 greyscale and colour blindness. The colours are Petroff's ten (arXiv:2107.02270); their copy here serves versions of
 matplotlib that do not ship them.
 
-Figures are made without pyplot: no global state, no window, safe in threads. Decorate what draws one with `@SHEET`.
+Figures are made without pyplot: no current figure, no window. Decorate what draws one with `@SHEET`; several threads
+may draw at once, and when none of them draws any more, matplotlib's settings are as they were.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ContextDecorator
 from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -79,7 +82,35 @@ _SHEET: Any = {  # names of rcParams; their type differs between versions of mat
     "legend.fontsize": SMALL,
     "lines.linewidth": 1.6,
 }
-SHEET = rc_context(_SHEET)
+
+
+class Sheet(ContextDecorator):
+    """Settings of matplotlib for as long as somebody draws: the first in lays them out, the last out takes them away.
+
+    matplotlib has one set of settings for all threads. Two `rc_context` that overlap would each put back what it found,
+    and so the later one would leave the sheet of the earlier behind for good.
+    """
+
+    def __init__(self, settings: Mapping[Any, Any]) -> None:
+        self.settings, self._lock = settings, Lock()
+        self._drawing, self._before, self._laid = 0, dict[Any, Any](), dict[Any, Any]()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._drawing == 0:
+                self._before = {name: rcParams[name] for name in self.settings}
+                rcParams.update(self.settings)
+                self._laid = {name: rcParams[name] for name in self.settings}  # as matplotlib writes them
+            self._drawing += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._drawing -= 1
+            if self._drawing == 0:  # what somebody else has set meanwhile stays
+                rcParams.update({name: old for name, old in self._before.items() if rcParams[name] == self._laid[name]})
+
+
+SHEET = Sheet(_SHEET)
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:

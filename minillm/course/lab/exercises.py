@@ -9,6 +9,9 @@
 
 A released course has neither solutions nor mutants, and no hidden checks; beside its checks it keeps stub.py, the
 original of what learners edit.
+
+What learners edit is never asked about the course. Its facts come from EXERCISE and from the solution or stub.py. An
+exercise has one file, whose name is exact: a copy beside it is no exercise.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 from minillm.course.lab.checks import Check
 from minillm.course.lab.stubs import make_stub
 from minillm.course.lab.worker import module_of
+from minillm.course.learner import FileError, read_file
 from minillm.errors import CourseError
 
 ALLOWED = (
@@ -69,18 +73,19 @@ class Mutant:
 class Exercise:
     """What an author says about an exercise, and where `Course` found it.
 
-    allowed: packages that a submission may import. banned_operations: functions of PyTorch that would be the answer.
+    slug: the rest of its file's name, as kv_cache in ex03_kv_cache.py. allowed: packages that a submission may import.
+    banned_operations: functions of PyTorch that would be the answer.
     preload: modules that take long to import, such as triton.
     """
 
     tasks: tuple[Task, ...]
+    slug: str = ""
     allowed: tuple[str, ...] = ALLOWED
     banned_modules: tuple[str, ...] = BANNED_MODULES
     banned_operations: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
     # filled in by the course
     id: str = ""
-    slug: str = ""
     title: str = ""
     question: str = ""
     minutes: int = 0
@@ -115,19 +120,22 @@ class Exercise:
         """Points of all checks."""
         return sum(check.points for check in self.checks)
 
-    def task(self, name: str) -> Task:
-        """The task of this name."""
-        return next(task for task in self.tasks if task.name == name)
-
     def helpers(self) -> ModuleType:
         """What `given` defines, on the parent's side."""
         return module_of(f"given_{self.id}", self.given)
 
+    def handed_in(self) -> bytes | FileError:
+        """What is in the learner's file, or why it cannot be read."""
+        try:
+            return read_file(self.stub, self.file_name)
+        except FileError as error:
+            return error
+
     def original(self) -> str:
-        """The learner's file as it was given."""
+        """The learner's file as it was given. Raises CourseError if the course has lost it."""
         if self.solution.exists():
-            return make_stub(self.solution.read_text(encoding="utf8"), self.file_name)
-        return (self.folder / ORIGINAL).read_text(encoding="utf8")
+            return make_stub(_text(self.solution), self.file_name)
+        return _text(self.folder / ORIGINAL)
 
 
 @dataclass(frozen=True)
@@ -139,16 +147,22 @@ class Course:
     @cached_property
     def exercises(self) -> dict[str, Exercise]:
         """Exercises by id, in order."""
-        folders = sorted((self.root / "tests" / "exercises").glob("ex*/checks.py"))
+        folders = sorted((self.root / "tests" / "exercises").glob("ex[0-9][0-9]/checks.py"))
         return {path.parent.name: _load(self.root, path.parent) for path in folders}
 
     def exercise(self, name: str) -> Exercise:
         """An exercise by its id, its number or its file: ex03, 3, exercises/ex03_kv_cache.py. Raises CourseError."""
-        found = re.match(r"(?:ex)?(\d+)", Path(name).name)
-        key = f"ex{int(found[1]):02d}" if found else name
-        if key not in self.exercises:
-            raise CourseError(f"There is no exercise {name!r}. There are: {', '.join(self.exercises)}.")
-        return self.exercises[key]
+        number = re.fullmatch(r"(?:ex)?(\d{1,4})", name.strip(), re.ASCII | re.IGNORECASE)
+        files = {exercise.file_name: id for id, exercise in self.exercises.items()}
+        key = f"ex{int(number[1]):02d}" if number else files.get(Path(name).name, "")
+        if key in self.exercises:
+            return self.exercises[key]
+        like = self.exercises.get(Path(name).name[:4])
+        hint = f"The file of {like.id} is exercises/{like.file_name}." if like else ""
+        raise CourseError(f"There is no exercise {name!r}. {hint or f'There are: {self._ids()}.'}")
+
+    def _ids(self) -> str:
+        return ", ".join(self.exercises)
 
 
 def find_course(start: Path | None = None) -> Course:
@@ -166,36 +180,36 @@ def find_course(start: Path | None = None) -> Course:
 def _load(root: Path, folder: Path) -> Exercise:
     """One exercise with everything that belongs to it. Raises CourseError if its parts do not fit together."""
     module = _run(folder / "checks.py")
-    header = _header(root, folder.name)
     checks = tuple(thing for thing in vars(module).values() if isinstance(thing, Check))
     mutants, given = folder / "mutants.py", folder / "given.py"
     exercise = replace(
         module.EXERCISE,
         id=folder.name,
-        **header,
         root=root,
         checks=checks,
         mutants=tuple(_run(mutants).MUTANTS) if mutants.exists() else (),
     )
-    exercise = replace(exercise, given=given.read_text(encoding="utf8") if given.exists() else exercise.original())
+    if not re.fullmatch(r"\w+", exercise.slug, re.ASCII):
+        why = f"The exercise's file is then {folder.name}_kv_cache.py."
+        raise CourseError(f'{folder / "checks.py"}: EXERCISE needs a slug of letters, such as slug="kv_cache". {why}')
+    exercise = replace(exercise, given=_text(given) if given.exists() else exercise.original(), **_header(exercise))
     if unknown := {check.task for check in checks} - {task.name for task in exercise.tasks}:
         raise CourseError(f"{folder / 'checks.py'} has checks of unknown tasks: {', '.join(sorted(unknown))}.")
     return exercise
 
 
-def _header(root: Path, id: str) -> dict[str, Any]:
-    """What the first lines of a solution (or its stub) say: slug, title, minutes, difficulty."""
-    paths = [*(root / "solutions").glob(f"{id}_*.py"), *(root / "exercises").glob(f"{id}_*.py")]
-    text = paths[0].read_text(encoding="utf8") if paths else ""
-    found = re.search(r'^"""Exercise \d+ · (.+?)\n.*?^Lesson: \S+ · (\d+) minutes · difficulty (●+)', text, re.M | re.S)
+def _header(exercise: Exercise) -> dict[str, Any]:
+    """What the first lines of a solution, or of the stub as it was given, say: title, minutes, difficulty."""
+    path = exercise.solution if exercise.solution.exists() else exercise.folder / ORIGINAL
+    start = r'\A"""Exercise \d+ · (.+?)\n.*?^Lesson: \S+ · (\d+) minutes · difficulty (●+)'
+    found = re.search(start, _text(path), re.M | re.S)
     if not found:
         raise CourseError(
-            f"{id} has checks, but no solutions/{id}_….py whose docstring begins 'Exercise {id[2:]} · …' and "
-            "has a line 'Lesson: … · 45 minutes · difficulty ●●○○○'."
+            f"{path} has no docstring that begins 'Exercise {exercise.id[2:]} · …' and has a line "
+            "'Lesson: … · 45 minutes · difficulty ●●○○○'."
         )
     title, minutes, dots = found.groups()
     return {
-        "slug": paths[0].stem.partition("_")[2],
         "title": title.partition(":")[0].rstrip("."),
         "question": title.partition(":")[2].strip(),
         "minutes": int(minutes),
@@ -203,10 +217,22 @@ def _header(root: Path, id: str) -> dict[str, Any]:
     }
 
 
+def _text(path: Path) -> str:
+    """A file of the course, which nobody edits but its authors. Raises CourseError if it is lost or damaged."""
+    try:
+        return path.read_text(encoding="utf8")
+    except (OSError, ValueError) as error:
+        raise CourseError(f"{path} belongs to the course and cannot be read ({error}). Copy it anew.") from None
+
+
 def _run(path: Path) -> ModuleType:
-    """A file of the course as a module of its own."""
+    """A file of the course as a module of its own. Raises CourseError if it fails."""
     spec = importlib.util.spec_from_file_location(f"minillm_course_{path.parent.name}_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CourseError(f"{path} belongs to the course and does not load ({what}). Copy it anew.") from error
     return module

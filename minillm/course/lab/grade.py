@@ -17,6 +17,7 @@ from minillm.course.lab.protocol import Reply
 from minillm.course.lab.results import CheckResult, Result
 from minillm.course.lab.rules import Refusal, read
 from minillm.course.lab.sandbox import Sandbox
+from minillm.course.learner import FileError
 
 Progress = Callable[[Check], None]
 
@@ -75,9 +76,14 @@ class Grader:
             self._open.popitem()[1].close()
 
     def grade(
-        self, exercise: Exercise, data: bytes | None, *, strict: bool = True, progress: Progress | None = None
+        self,
+        exercise: Exercise,
+        data: bytes | FileError | None,
+        *,
+        strict: bool = True,
+        progress: Progress | None = None,
     ) -> Result:
-        """Grade the bytes of a submitted file (None: there is none).
+        """Grade the bytes of a submitted file (None: there is none; or why they could not be read).
 
         Without `strict` a source is not refused for what it imports or names: the sandbox has to hold alone.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
+from minillm.course.foreign import visible
 from minillm.course.lab.exercises import Exercise, find_course
 from minillm.course.lab.grade import Grader
 from minillm.course.lab.progress import Progress
@@ -45,15 +46,15 @@ class Shown:
         if self.result.passed:
             return ["All checks passed."]
         failure = self.result.first_failure
-        return [*(failure.told() if failure else [self.result.message]), f"Stuck? minillm lab hint {self.exercise.id}"]
+        told = failure.told() if failure else [self.result.message]
+        return [*map(visible, told), f"Stuck? minillm lab hint {self.exercise.id}"]
 
 
 def tested(name: str) -> Shown:
     """Grade a learner's file, remember how it went, and give back what shows it."""
     course = find_course()
     exercise = course.exercise(name)
-    data = exercise.stub.read_bytes() if exercise.stub.exists() else None
     with Grader(diagnoses=1) as grader:
-        result = grader.grade(exercise, data)
+        result = grader.grade(exercise, exercise.handed_in())
     Progress(course).record(exercise, result)
     return Shown(exercise, result)

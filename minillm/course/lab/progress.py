@@ -26,6 +26,12 @@ class Standing:
     hints: dict[str, int] = field(default_factory=dict)
     stuck_at: str = ""  # the task of the first check that does not pass
 
+    def __post_init__(self) -> None:
+        """Somebody may have edited the file. Raises TypeError for what cannot be."""
+        numbers = (self.points, self.max_points, self.tries, *self.hints.values())
+        if not all(type(number) is int for number in numbers) or type(self.stuck_at) is not str:
+            raise TypeError("a standing with values of another type")
+
     @property
     def sign(self) -> str:
         """One word for a list."""
@@ -66,10 +72,9 @@ class Progress:
             return {id: Standing(**standing) for id, standing in data["exercises"].items()}
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CourseError(
-                f"{self.path} cannot be read ({error}). Delete it to begin anew: your files stay."
-            ) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            what = f"{self.path} cannot be read ({type(error).__name__}: {error})"
+            raise CourseError(f"{what}. Delete it to begin anew: your files stay.") from None
 
 
 def write_whole(path: Path, text: str) -> None:

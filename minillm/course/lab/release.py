@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import io
 import json
+import os
 import platform
 import shutil
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 from minillm.course.lab.exercises import ORIGINAL, Course, Exercise
 from minillm.course.lab.stubs import make_stub
 from minillm.course.lab.syntax import parse
+from minillm.course.learner import FileError, read_file, text_of
 from minillm.errors import CourseError
 
 PACKAGES = ("minillm-course", "torch")
@@ -26,7 +29,7 @@ def sync(course: Course, *, write: bool = True) -> list[Path]:
     for solution in sorted((course.root / "solutions").glob("ex*.py")):
         path = course.root / "exercises" / solution.name
         stub = make_stub(solution.read_text(encoding="utf8"), solution.name)
-        if not path.exists() or path.read_text(encoding="utf8") != stub:
+        if not _holds(path, stub):
             stale.append(path)
             if write:
                 path.parent.mkdir(exist_ok=True)
@@ -34,34 +37,64 @@ def sync(course: Course, *, write: bool = True) -> list[Path]:
     return stale
 
 
-def put_aside(exercise: Exercise) -> Path | None:
-    """Keep a copy of the learner's file in .minillm/kept; None if there is nothing that differs from the original."""
-    if not exercise.stub.exists() or exercise.stub.read_bytes() == exercise.original().encode():
-        return None
-    kept = exercise.root / ".minillm" / "kept" / f"{exercise.stub.stem}-{time.strftime('%Y%m%d-%H%M%S')}.py"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(exercise.stub, kept)
+def _holds(path: Path, text: str) -> bool:
+    """Whether a file is this text and nothing else, but for line ends and a byte order mark."""
+    try:
+        return text_of(read_file(path, path.name), path.name) == text
+    except FileError:
+        return False
+
+
+def reset(exercise: Exercise) -> Path | None:
+    """Put the exercise's file back as it was given, whatever is in its place now; that is moved to .minillm/kept.
+
+    Returns where it is kept; None if there was nothing that differs from the original. What is there is not read for
+    this: a folder, a pipe and a file that nobody may read are moved, too.
+    """
+    path, original, kept = exercise.stub, exercise.original(), None
+    if os.path.lexists(path) and not _holds(path, original):
+        kept = _free(exercise.root / ".minillm" / "kept" / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}{path.suffix}")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(original, encoding="utf8")
     return kept
+
+
+def _free(path: Path) -> Path:
+    """The path, or one like it that nothing has yet: two files of one second are both kept."""
+    names = (path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def pack(course: Course, to: Path) -> list[str]:
     """Zip all exercises that differ from their originals, with a manifest of hashes and versions. Returns their ids.
 
-    Raises CourseError if there are none. The manifest helps to find mistakes; nothing is graded by it.
+    Raises CourseError if there are none, and FileError for a file that cannot be read: better to know it before
+    handing in. A file that cannot be understood is packed as it is. The manifest helps to find mistakes; nothing is
+    graded by it.
     """
-    touched = [e for e in course.exercises.values() if e.stub.exists() and e.stub.read_text("utf8") != e.original()]
+    touched = list[tuple[Exercise, bytes]]()
+    for exercise in course.exercises.values():
+        data = exercise.handed_in()
+        if isinstance(data, bytes) and not _holds(exercise.stub, exercise.original()):
+            touched.append((exercise, data))
+        elif isinstance(data, FileError) and data.status != "missing":
+            raise data
     if not touched:
         raise CourseError("There is nothing to submit: no exercise differs from how it was given.")
     manifest = {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
-        "sha256": {e.file_name: hashlib.sha256(e.stub.read_bytes()).hexdigest() for e in touched},
+        "sha256": {exercise.file_name: hashlib.sha256(data).hexdigest() for exercise, data in touched},
     }
-    with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as archive:
-        for exercise in touched:
-            archive.write(exercise.stub, exercise.file_name)
+    packed = io.BytesIO()  # in memory first: half a zip is never handed in
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for exercise, data in touched:
+            archive.writestr(exercise.file_name, data)
         archive.writestr("manifest.json", json.dumps(manifest, indent=1))
-    return [exercise.id for exercise in touched]
+    to.write_bytes(packed.getvalue())
+    return [exercise.id for exercise, _ in touched]
 
 
 def release(course: Course, to: Path) -> list[Path]:

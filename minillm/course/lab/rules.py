@@ -10,9 +10,8 @@ import ast
 from dataclasses import dataclass
 
 from minillm.course.lab.exercises import Exercise
-from minillm.course.lab.syntax import parse
+from minillm.course.learner import FileError, check_size, text_of, tree_of
 
-SOURCE_BYTES = 256 << 10
 WAYS_AROUND = ("__import__", "eval", "exec", "compile", "globals", "breakpoint", "open")
 
 
@@ -24,23 +23,22 @@ class Refusal:
     message: str
 
 
-def read(data: bytes | None, exercise: Exercise, *, strict: bool = True) -> str | Refusal:
-    """The source of a submission that may be run, or why it may not. Without `strict` it may break the rules."""
-    if data is None:
-        return Refusal("missing", f"There is no {exercise.file_name}.")
-    if not data.strip():
-        return Refusal("missing", f"{exercise.file_name} is empty. `minillm lab reset {exercise.id}` brings it back.")
-    if len(data) > SOURCE_BYTES:
-        return Refusal("unreadable", f"{exercise.file_name} has {len(data):,} bytes; {SOURCE_BYTES:,} is the most.")
+def read(data: bytes | FileError | None, exercise: Exercise, *, strict: bool = True) -> str | Refusal:
+    """The source of a submission that may be run, or why it may not. Without `strict` it may break the rules.
+
+    data: what was handed in; None if nothing was, a FileError if the file could not be read.
+    """
+    name = exercise.file_name
     try:
-        source = data.decode("utf-8-sig")
-        tree = parse(source)
-    except UnicodeDecodeError as error:
-        return Refusal("unreadable", f"{exercise.file_name} is not UTF-8 text (byte {error.start}). Save it as UTF-8.")
-    except SyntaxError as error:
-        return Refusal("syntax", _syntax(error, exercise.file_name))
-    except (ValueError, RecursionError, MemoryError):  # a null byte; brackets without end
-        return Refusal("syntax", f"{exercise.file_name} cannot be read as Python.")
+        if data is None:
+            raise FileError("missing", f"There is no {name}.")
+        if isinstance(data, FileError):
+            raise data
+        source = text_of(check_size(data, name), name)
+        tree = tree_of(source, name)
+    except FileError as error:
+        advice = "" if error.status == "syntax" else f" `minillm lab reset {exercise.id}` gives you a new one."
+        return Refusal(error.status, f"{error}{advice}")
     return (strict and forbidden(tree, exercise)) or source
 
 
@@ -78,9 +76,3 @@ def _imported(node: ast.AST) -> list[str]:
 def _refuse(node: ast.AST, exercise: Exercise, what: str, rule: str) -> Refusal:
     line = getattr(node, "lineno", 0)
     return Refusal("forbidden", f"{exercise.file_name}, line {line} {what}, but {exercise.id} {rule}.")
-
-
-def _syntax(error: SyntaxError, name: str) -> str:
-    line = (error.text or "").rstrip("\n")
-    pointer = " " * max((error.offset or 1) - 1, 0) + "^"
-    return f"{name}, line {error.lineno}: {error.msg}\n    {line}\n    {pointer}"

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from minillm.course.lab.exercises import Course
-from minillm.course.lab.rules import SOURCE_BYTES
+from minillm.course.learner import SOURCE_BYTES
 from minillm.errors import CourseError
 
 MEMBERS, ARCHIVE_BYTES = 2000, 32 << 20
@@ -99,8 +99,8 @@ def _assigned(course: Course, candidates: list[Candidate], flags: list[str]) -> 
     found: dict[str, tuple[tuple[bool, int, str], bytes]] = {}
     for name, read in candidates:
         path = PurePosixPath(name)
-        if path.suffix.lower() != ".py" or "__MACOSX" in path.parts:
-            continue
+        if path.suffix.lower() != ".py" or any(part == "__MACOSX" or part.startswith(".") for part in path.parts):
+            continue  # what systems and editors keep for themselves
         data = read()
         named = re.match(r"ex\d\d", path.name.lower())
         headed = re.match(rb'\s*"""Exercise (\d\d)', data)

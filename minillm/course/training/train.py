@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
@@ -101,17 +102,25 @@ class History:
     held_out_losses: list[tuple[int, float]] = field(default_factory=list)
 
 
-def train(config: TrainConfig, *, command: str, plot: Path | None = None, progress: bool = True) -> History:
+def train(
+    config: TrainConfig,
+    *,
+    command: str,
+    plot: Path | None = None,
+    progress: bool = True,
+    console: Console | None = None,
+) -> History:
     """Train to the end of the budget, or go on where an earlier run with the same `work` stopped; write `out`.
 
     command: what a reader types to repeat this, for the model card. plot: a picture file for the loss curves.
+    console: where progress is shown.
     """
     data = prepare(config.work, config.tokenizer)
     held_out = windows(data.held_out, config.length, range(count_windows(data.held_out, config.length)))
     run = Run(config, data.tokenizer.get_vocab_size())
     run.resume()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, disable=not progress) as bar:
+    with Progress(*columns, disable=not progress, console=console) as bar:
         task = bar.add_task(config.shape, total=1.0)
         while run.progress() < 1:
             run.train_step(data.tokens)

@@ -1,8 +1,9 @@
-"""`LLM(use="exercises/")`: the engine runs with functions that a learner wrote, in place of its own.
+"""The engine runs with functions that a learner wrote, in place of its own.
 
-    llm = LLM("tiny", use="exercises/ex06_flash_attention.py")
+    llm = LLM("tiny", dtype="float32")
+    used = plug_in(llm, "exercises/ex06_flash_attention.py")
     llm.generate(...)          # the same text, token for token; or the run stops
-    for row in llm.used: ...   # what was plugged in where, and what was not and why
+    for row in used: ...       # what was plugged in where, and what was not and why
 
 The engine's own function runs beside each of the learner's and must say the same. At the first difference the run stops
 with a `LearnerError` that names the function, the call, its arguments and what differs. Functions that are not written
@@ -39,13 +40,18 @@ class Used:
     why_not: str | None
 
 
-def plug_in(place: str | Path, llm: LLM) -> list[Used]:
+def plug_in(llm: LLM, place: str | Path) -> list[Used]:
     """Replace functions of an engine that has served nobody yet by those of an exercise or a folder of exercises.
 
+    The engine knows nothing of it: objects that it looks up at each step are replaced from outside. CUDA graphs would
+    not look them up, so they are switched off. In 16 bits two right ways to compute attention may write different
+    tokens: use dtype="float32".
+
     Returns what became of every task that has a place in the engine. Raises `LearnerError` as `load_files` does, if
-    nothing could be plugged in, and if a rehearsal fails.
+    nothing could be plugged in, and if a rehearsal fails; the `llm` should not be used then.
     """
     files = load_files(place)
+    llm.engine.runner.graphs = None
     rows = [_install(plug, files[plug.exercise], llm) for plug in PLUGS if plug.exercise in files]
     if all(row.why_not for row in rows):
         raise LearnerError(f"use={str(place)!r}: {_reasons(rows)}")

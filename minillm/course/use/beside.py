@@ -1,4 +1,9 @@
-"""Two at once: a learner's function gives the result, the engine's own runs first and must have said the same."""
+"""Two at once: a learner's function gives the result, the engine's own runs first and must have said the same.
+
+A learner's function gets copies, never the engine's own memory, and what it returns is copied, too. So whatever it
+does to its arguments, or later to its result, the text stays what the comparison saw; and one that changes its
+arguments is named.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from minillm.errors import LearnerError
+
+MESSAGE = 300  # characters of a learner's error that are shown
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -28,7 +35,8 @@ class Beside:
     """A learner's function. Calling it compares its result with the engine's own and returns the learner's.
 
     name: for messages. tolerance: absolute and relative; 0 for what is exact, such as tokens and blocks. A result that
-    differs, and an error that the learner's function raises, become a `LearnerError`.
+    differs, arguments that are changed, and an error that the learner's function raises, become a `LearnerError`. Only
+    Ctrl-C goes through as it is.
     """
 
     name: str
@@ -51,24 +59,82 @@ class Beside:
         return got
 
     def call(self, *args: Any) -> Any:
-        """The learner's result, whatever it is."""
+        """The learner's result, whatever it is, in plain types (see `plain`); `args` stay as they are."""
         self.calls += 1
+        handed = copied(args)
         try:
-            return self.theirs(*args)
-        except LearnerError:
-            raise  # of another function, that this one goes through
-        except Exception as error:
+            got = plain(self.theirs(*handed))
+        except (LearnerError, KeyboardInterrupt):
+            raise  # of another function, that this one goes through; of the user
+        except BaseException as error:
             self._explain(error, args)
+        changed = [place for place, pair in enumerate(zip(handed, args, strict=True), 1) if not same(*pair)]
+        if changed:
+            raise LearnerError(
+                f"{self.name} changed its argument {changed[0]} in call {self.calls}, with {described(args)}. Others "
+                f"read it, too: in the engine this would spoil its memory. Compute with a copy, such as x = x * 2 "
+                f"instead of x *= 2. {_advice(self.name)}"
+            )
+        return got
 
-    def _explain(self, error: Exception, args: tuple[Any, ...]) -> NoReturn:
+    def _explain(self, error: BaseException, args: tuple[Any, ...]) -> NoReturn:
         at = traceback.extract_tb(error.__traceback__)[-1]
         missing = _unwritten(error)
         if missing is not None:
             raise LearnerError(f"{self.name} needs something that is not written yet: {missing}. {_advice(self.name)}")
         raise LearnerError(
-            f"{self.name} raised {type(error).__name__} in call {self.calls}, with {described(args)}: {error} "
+            f"{self.name} raised {type(error).__name__} in call {self.calls}, with {described(args)}: {_said(error)} "
             f"({at.filename}, line {at.lineno}). {_advice(self.name)}"
         ) from error
+
+
+def copied(value: Any) -> Any:
+    """The same once more, sharing no memory that can be changed: tensors, lists, tuples and dicts are copied."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
+
+
+def same(value: Any, original: Any) -> bool:
+    """Whether what `copied` gave is still like its original, bit by bit; NaN is like NaN."""
+    if isinstance(original, Tensor):
+        return value.shape == original.shape and difference(value, original, 0.0) is None
+    if isinstance(original, dict):
+        return value.keys() == original.keys() and all(same(value[key], original[key]) for key in original)
+    if type(original) in (list, tuple):
+        return len(value) == len(original) and all(map(same, value, original))
+    return value is original or bool(value == original)
+
+
+def plain(value: Any) -> Any:
+    """A learner's result as numbers, strings, lists, tuples, dicts and tensors of our own.
+
+    A class of their own might compare equal to everything; and a tensor that is returned might be written to later.
+    Raises `TypeError` for anything else.
+    """
+    if type(value) is Tensor:
+        return value.detach().clone() if value.dim() else value.item()
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, list):
+        return [plain(item) for item in list.__iter__(value)]
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in tuple.__iter__(value))
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in dict.items(value)}
+    if isinstance(value, range):
+        return list(value)
+    if getattr(value, "shape", None) == () and not isinstance(value, Tensor):
+        return plain(value.item())  # a number of NumPy's
+    if value is None:
+        return None
+    raise TypeError(f"it returned a {type(value).__name__}; allowed are numbers, strings, tensors, lists and tuples")
 
 
 def difference(got: Any, want: Any, tolerance: float) -> str | None:
@@ -106,12 +172,25 @@ def _short(value: Any) -> str:
 
 
 def _unwritten(error: BaseException | None) -> str | None:
-    """The message of the NotImplementedError behind an error, if there is one: that is what a stub raises."""
-    while error is not None:
+    """The message of the NotImplementedError that an error came from, if there is one: that is what a stub raises."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
         if isinstance(error, NotImplementedError):
-            return str(error)
+            return _said(error)
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def _said(error: BaseException) -> str:
+    """The message of a learner's error: short, one that can be printed, and never an error of its own."""
+    try:
+        text = str(error)[:MESSAGE]
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return "(its message cannot be read)"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _advice(name: str) -> str:

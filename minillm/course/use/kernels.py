@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, attention
-from minillm.attention.paged import attend_spans
+from minillm.attention import AttentionMetadata, attention, paged_attention
 from minillm.cache.paged import PagedCache
 from minillm.course.use.beside import Beside, known, tolerance_of
 
@@ -57,7 +58,7 @@ def _put_kernel(name: str, theirs: Callable[..., Tensor], llm: LLM) -> str | Non
         out: Tensor = beside(q.contiguous(), k, v, scale, *[] if sliding_window is None else [sliding_window])
         return out
 
-    cache.attention = partial(attend_spans, kernel=kernel)
+    cache.backend = replace(cache.backend, attend=partial(paged_attention, kernel=kernel))
     return None
 
 
@@ -72,18 +73,38 @@ def put_paged_decode(module: Any, llm: LLM) -> str | None:
         return QUANTISED
     if llm.engine.model.config.sliding_window is not None:
         return WINDOWED
-    others, tolerance = cache.attention, tolerance_of(llm.engine.model.dtype)
+    own, tolerance = cache.backend, tolerance_of(llm.engine.model.dtype)
     beside = Beside("ex09 paged_decode_attention", module.paged_decode_attention, known, tolerance)
 
     def attend(
-        q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: AttentionMetadata, *, scale: float, **rest: Any
+        q: Tensor, k_pool: Tensor, v_pool: Tensor, metadata: AttentionMetadata, *, scale: float, **rest: Any
     ) -> Tensor:
-        out = others(q, k_pool, v_pool, layout, scale=scale, **rest)
-        for span in (span for span in layout.spans if span.q_len == 1):
-            row = span.queries.start
-            args = q[row].contiguous(), k_pool, v_pool, span.table, span.kv_len, scale
-            out[row] = beside.check(out[row].clone(), *args)
+        out = own.attend(q, k_pool, v_pool, metadata, scale=scale, **rest)
+        for row, index in _decodes(metadata):
+            kv_len = metadata.kv_lens[index]
+            used = metadata.tables[index, : -(-kv_len // metadata.block_size)]
+            pools, table = _moved([k_pool, v_pool], torch.from_numpy(used))
+            out[row] = beside.check(out[row].clone(), q[row], *pools, table, kv_len, scale)
         return out
 
-    cache.attention = attend
+    cache.backend = replace(own, attend=attend)
     return None
+
+
+def _decodes(metadata: AttentionMetadata) -> Iterator[tuple[int, int]]:
+    """(row of the batch, number of the request) of each request with one query."""
+    row = 0
+    for index, q_len in enumerate(metadata.q_lens):
+        if q_len == 1:
+            yield row, index
+        row += q_len
+
+
+def _moved(pools: list[Tensor], blocks: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Small pools that hold these blocks [n], last one first, after a block of NaN that nobody owns; and their table.
+
+    A function of the whole pool could read the blocks of others; and copying all of it for each call would take long.
+    """
+    order = blocks.flip(0).long().to(pools[0].device)
+    small = [torch.cat([torch.full_like(pool[:, :1], torch.nan), pool[:, order]], dim=1) for pool in pools]
+    return small, list(range(len(blocks), 0, -1))

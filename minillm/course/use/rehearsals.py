@@ -6,14 +6,18 @@ Before the first request they write a few tokens with the very model that will b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from minillm.cache.contiguous import ContiguousCache
 from minillm.course.use.beside import Beside, known, tolerance_of
-from minillm.generate import decode, extend, generate, prefill
+from minillm.errors import LearnerError
+from minillm.generate import decode, extend, generate, new_cache, prefill
+from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -22,16 +26,42 @@ if TYPE_CHECKING:
 PROMPT, NEW_TOKENS, BLOCK_SIZE = list(range(1, 12)), 8, 4
 
 
+def _unspoilt(rehearse: Callable[[Any, LLM], str | None]) -> Callable[[Any, LLM], str | None]:
+    """Rehearsals hand over the model itself, which is too large to copy: compare its weights afterwards."""
+
+    @wraps(rehearse)
+    def guarded(module: Any, llm: LLM) -> str | None:
+        before = _sums(llm.engine.model)
+        why_not = rehearse(module, llm)
+        changed = [name for name, value in _sums(llm.engine.model).items() if before.get(name) != value]
+        if changed:
+            raise LearnerError(
+                f"{module.__file__} changed the model while it was rehearsed: {changed[0]} is not what it was. Only "
+                "read its weights, and load the model again."
+            )
+        return why_not
+
+    return guarded
+
+
+def _sums(model: Decoder) -> dict[str, int]:
+    """A checksum of each weight and buffer; some are packed for oneDNN, and have no bytes before they are unpacked."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    plain = {name: tensor.to_dense() if tensor.is_mkldnn else tensor.detach() for name, tensor in named}
+    return {name: crc32(one.cpu().contiguous().flatten().view(torch.uint8).numpy().data) for name, one in plain.items()}
+
+
 def _expected(llm: LLM) -> list[int]:
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     return list(generate(llm.engine.model, PROMPT, params))
 
 
+@_unspoilt
 @torch.inference_mode()
 def rehearse_loop(module: Any, llm: LLM) -> None:
     """The learner's loop around the engine's model and a contiguous cache."""
     model = llm.engine.model
-    cache = ContiguousCache(model.config, capacity=len(PROMPT), device=model.device, dtype=model.dtype)
+    cache = new_cache(model, len(PROMPT))
 
     def step(tokens: list[int]) -> Tensor:
         return extend(model, torch.tensor(tokens, device=model.device), cache)
@@ -39,6 +69,7 @@ def rehearse_loop(module: Any, llm: LLM) -> None:
     Beside("ex01 generate", module.generate, known).check(_expected(llm), step, PROMPT, NEW_TOKENS)
 
 
+@_unspoilt
 @torch.inference_mode()
 def rehearse_cache(module: Any, llm: LLM) -> None:
     """The learner's two phases: logits of the prompt, then of one token after the other."""
@@ -57,8 +88,9 @@ def rehearse_cache(module: Any, llm: LLM) -> None:
         step.check(decode(model, token, cache), token)
 
 
+@_unspoilt
 def rehearse_engine(module: Any, llm: LLM) -> str | None:
-    """The learner's engine serves two requests with a cache for one and a half: one of them is pushed out."""
+    """The learner's engine serves two requests with a cache for one and a half: one of them is preempted."""
     if llm.engine.model.dtype != torch.float32:
         return "two engines write the same tokens for certain in float32 only; see dtype='float32'"
 

@@ -36,7 +36,7 @@ def put_metrics(module: Any, llm: LLM) -> None:
         def itl(self) -> list[float]:
             return list(itl(self.token_times))
 
-    llm.new_metrics = LearnerMetrics
+    llm.processor.new_metrics = LearnerMetrics
 
 
 def put_schedule(module: Any, llm: LLM) -> str | None:
@@ -48,12 +48,12 @@ def put_schedule(module: Any, llm: LLM) -> str | None:
     beside = Beside("ex11 schedule", module.schedule, known)
 
     def schedule() -> StepPlan:
-        running = {sequence: sequence.num_remaining for sequence in scheduler.running}
+        running = {request: request.num_remaining for request in scheduler.running}
         plan = own()
         if not plan.preempted:  # where blocks are lacking, the best order cannot be kept
-            tokens = {sequence: part.num_tokens for sequence, part in plan.scheduled.items()}
-            want = [tokens.get(sequence, 0) for sequence in running], [tokens[sequence] for sequence in plan.admitted]
-            new = [sequence.num_remaining for sequence in plan.admitted]
+            tokens = {request: part.num_tokens for request, part in plan.scheduled.items()}
+            want = [tokens.get(request, 0) for request in running], [tokens[request] for request in plan.admitted]
+            new = [request.num_remaining for request in plan.admitted]
             beside.check(want, list(running.values()), new, config.max_num_batched_tokens, config.max_num_seqs)
         return plan
 

@@ -36,7 +36,7 @@ class Plug:
     install: Callable[[Any, LLM], str | None]
 
 
-KERNEL, FREE_BLOCKS = "attention of every sequence", "free blocks"
+KERNEL, FREE_BLOCKS = "attention of every request", "free blocks"
 
 PLUGS = (
     Plug("ex01", ("generate",), "a loop for one sequence (rehearsed)", rehearse_loop),
@@ -52,7 +52,7 @@ PLUGS = (
     Plug("ex09", ("paged_decode_attention",), "attention of decode steps", put_paged_decode),
     Plug("ex10", ("hash_blocks", "longest_match"), "search in the prefix cache", put_match),
     Plug("ex10", ("FreeQueue",), FREE_BLOCKS, put_free_queue),
-    Plug("ex11", ("schedule",), "tokens per sequence and step", put_schedule),
+    Plug("ex11", ("schedule",), "tokens per request and step", put_schedule),
     Plug("ex12", ("quantize_int8", "dequantize_int8"), "8-bit codes", put_int8),
     Plug("ex12", ("quantize_int4", "pack_int4", "unpack_int4"), "4-bit codes", put_int4),
     Plug("ex12", ("round_fp8",), "fp8 codes", put_fp8),

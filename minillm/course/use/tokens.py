@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from minillm.course.use.beside import Beside, known
-from minillm.engine.proposer import Draft
 from minillm.engine.request import Request
-from minillm.engine.verify import given_draft, num_accepted
-from minillm.errors import LearnerError
-from minillm.sampling import SamplingParams, pick, probs_from_logits, uniform
+from minillm.engine.verify import Draft, given_draft, num_accepted
+from minillm.errors import LearnerError, shown
+from minillm.sampling import SamplingParams, pick, probs_from_logits
 from minillm.speculative.ngram import NgramProposer
 
 if TYPE_CHECKING:
@@ -23,8 +22,14 @@ if TYPE_CHECKING:
 PROBABILITY = 1e-5  # tolerance
 
 
+def _put_rule(llm: LLM, **rule: Callable[..., Any]) -> None:
+    """Replace one of the rules between logits and tokens."""
+    sampler = llm.engine.sampler
+    sampler.rules = replace(sampler.rules, **rule)
+
+
 def put_process(module: Any, llm: LLM) -> None:
-    """Temperature, top-k, top-p and min-p, one behind the other, make the distribution of each row."""
+    """Temperature, top-k, top-p and min-p, one after the other, make the distribution of each row."""
 
     def theirs(logits: Tensor, params: SamplingParams) -> Tensor:
         probs = module.top_k(module.apply_temperature(logits, params.temperature), max(0, params.top_k))
@@ -39,7 +44,7 @@ def put_process(module: Any, llm: LLM) -> None:
     def process(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         return torch.stack([beside(row, p) for row, p in zip(logits, params, strict=True)])
 
-    llm.engine.runner.process = process
+    _put_rule(llm, process=process)
 
 
 def put_sample(module: Any, llm: LLM) -> None:
@@ -50,11 +55,12 @@ def put_sample(module: Any, llm: LLM) -> None:
 
     beside = Beside("ex04 sample", module.sample, ours)
 
-    def draw(probs: Tensor, generators: Iterator[Generator | None]) -> Tensor:
-        fractions = [0.0 if generator is None else float(uniform(generator, probs.device)) for generator in generators]
-        return torch.tensor([beside(row, u) for row, u in zip(probs, fractions, strict=True)])
+    def draw(probs: Tensor, u: Tensor | None) -> Tensor:
+        numbers = [0.0] * len(probs) if u is None else u.tolist()
+        tokens = [beside(row, number) for row, number in zip(probs, numbers, strict=True)]
+        return torch.tensor(tokens, dtype=torch.int64, device=probs.device)
 
-    llm.engine.runner.verify = partial(llm.engine.runner.verify, draw=draw)
+    _put_rule(llm, draw=draw)
 
 
 class LearnerProposer:
@@ -65,17 +71,24 @@ class LearnerProposer:
         self.vocab_size = vocab_size
 
     def propose(self, room: Mapping[Request, int]) -> dict[Request, Draft]:
-        """A draft for each sequence for which the learner has one."""
-        drafts = {sequence: self._draft(sequence.tokens, count) for sequence, count in room.items()}
-        return {sequence: draft for sequence, draft in drafts.items() if draft}
+        """A draft for each request for which the learner has one."""
+        drafts = {request: self._draft(request.tokens, count) for request, count in room.items()}
+        return {request: draft for request, draft in drafts.items() if draft}
 
     def _draft(self, tokens: list[int], count: int) -> Draft:
-        guesses = self._propose.call(list(tokens), count)
-        if len(guesses) > count or not all(0 <= token < self.vocab_size for token in guesses):
-            raise LearnerError(f"ex13 propose_ngram: {guesses} are not at most {count} tokens of the vocabulary.")
+        guesses = self._propose.call(tokens, count)
+        few = isinstance(guesses, list | tuple) and len(guesses) <= count
+        if not few or not all(isinstance(token, int) and 0 <= token < self.vocab_size for token in guesses):
+            raise LearnerError(
+                f"ex13 propose_ngram: {shown(guesses)} is no list of at most {count} tokens of the vocabulary, which "
+                f"are integers below {self.vocab_size}."
+            )
         return Draft(list(guesses))
 
-    def forget(self, sequence: Request) -> None:
+    def forget(self, request: Request) -> None:
+        """Nothing is kept."""
+
+    def reset(self) -> None:
         """Nothing is kept."""
 
 
@@ -93,8 +106,8 @@ def put_verify_greedy(module: Any, llm: LLM) -> None:
     def ours(drafts: list[int], drawn: list[int]) -> list[int]:
         return drawn[: 1 + num_accepted(drafts, drawn)]
 
-    beside, runner = Beside("ex13 verify_greedy", module.verify_greedy, ours), llm.engine.runner
-    runner.verify = partial(runner.verify, accepted=lambda drafts, drawn: len(beside(drafts, drawn)) - 1)
+    beside = Beside("ex13 verify_greedy", module.verify_greedy, ours)
+    _put_rule(llm, accepted=lambda drafts, drawn: len(beside(drafts, drawn)) - 1)
 
 
 def put_residual(module: Any, llm: LLM) -> None:
@@ -109,10 +122,9 @@ def put_residual(module: Any, llm: LLM) -> None:
     def ours(p: Tensor, q: Tensor, token: int) -> Tensor:
         return given_draft(p[None], q[None], torch.tensor([token], device=p.device))[0]
 
-    name, runner = "ex13 acceptance_probability and residual", llm.engine.runner
-    beside = Beside(name, theirs, ours, PROBABILITY)
+    beside = Beside("ex13 acceptance_probability and residual", theirs, ours, PROBABILITY)
 
     def given(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
         return torch.stack([beside(*row) for row in zip(target, proposal, drafts.tolist(), strict=True)])
 
-    runner.verify = partial(runner.verify, given=given)
+    _put_rule(llm, given=given)

@@ -12,6 +12,7 @@ Loses: for long queries, where the rows of the tile would not fit and keys need 
 # mypy: disable-error-code="no-untyped-def,arg-type,var-annotated"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import e, log2
 
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from minillm.attention.metadata import AttentionMetadata
 from minillm.kernels.gpu.tiles import INTERPRETED, NO_WINDOW, Share, Stored, attend_keys, finish, tile_edge
-from minillm.quantization.attention import QuantizedBlocks, Tails
 
 MAX_ROWS = 64  # queries · heads per group that the decode kernel takes in one tile
 MAX_SPLITS = 128
@@ -35,11 +35,11 @@ CONFIGS = [
 @triton.autotune(CONFIGS[:1] if INTERPRETED else CONFIGS, key=["HEAD_DIM", "GROUP", "ROWS", "WINDOWED", "FORMAT"])
 @triton.jit
 def decode_kernel(
-    q_ptr, k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr, tail_tables_ptr, parts_ptr, lses_ptr,
+    q_ptr, k_ptr, k_low_ptr, k_high_ptr, v_ptr, v_low_ptr, v_high_ptr, parts_ptr, lses_ptr,
     sequences_ptr, tables_ptr, seq_lens_ptr, cu_seqlens_ptr,
-    q_token, q_head, head_blocks, head_tails, tail_width, table_width, num_rows, scale_log2, window,
+    q_token, q_head, head_blocks, table_width, num_rows, scale_log2, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FORMAT: tl.constexpr, GROUPS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (sequences, key/value heads, splits). A split without keys stores 0 and log-sum-exp -inf."""
@@ -68,9 +68,9 @@ def decode_kernel(
     kv_head, sequence = kv_head.to(tl.int64), sequence.to(tl.int64)
     m, l, out = attend_keys(
         q, offset + query, offset, kv_len - 1, lo, hi,
-        k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr,
-        tables_ptr + sequence * table_width, tail_tables_ptr + sequence * tail_width,
-        kv_head * head_blocks, kv_head * head_tails, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, FORMAT,
+        k_ptr, k_low_ptr, k_high_ptr, v_ptr, v_low_ptr, v_high_ptr,
+        tables_ptr + sequence * table_width, kv_head * head_blocks, scale_log2, window,
+        HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, FORMAT, GROUPS,
     )  # fmt: skip
     out, lse = finish(m, l, out)
     place = split.to(tl.int64) * num_rows + token * (tl.num_programs(1) * GROUP) + head
@@ -112,8 +112,8 @@ def merge_kernel(
 
 def triton_decode(
     q: Tensor,
-    keys: Tensor | QuantizedBlocks,
-    values: Tensor | QuantizedBlocks,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     layout: AttentionMetadata,
     share: Share,
     out: Tensor,
@@ -121,7 +121,6 @@ def triton_decode(
     *,
     scale: float,
     sliding_window: int | None = None,
-    tails: Tails | None = None,
     num_splits: int | None = None,
 ) -> None:
     """Attention of the sequences in `share`, into their rows of `out` `[num_tokens, heads, d]` and `lse` (float32).
@@ -130,7 +129,7 @@ def triton_decode(
     read are the device's; those of the host only bound the launch, so that a recorded launch can be replayed.
     """
     num_tokens, heads, d = q.shape
-    stored = Stored.of(keys, values, layout, tails)
+    stored = Stored.of(keys, values)
     group = heads // stored.kv_heads
     num_splits = num_splits or choose_splits(len(share.sequences) * stored.kv_heads, share.kv_len, q.device)
     parts = q.new_empty(num_splits, num_tokens, heads, d, dtype=torch.float32)
@@ -138,10 +137,10 @@ def triton_decode(
     decode_kernel[len(share.sequences), stored.kv_heads, num_splits](
         q, *stored.pointers, parts, lses,
         share.sequences, layout.block_tables, layout.seq_lens, layout.cu_seqlens_q,
-        q.stride(0), q.stride(1), *stored.sizes, layout.block_tables.stride(0), num_tokens * heads,
+        q.stride(0), q.stride(1), stored.head_blocks, layout.block_tables.stride(0), num_tokens * heads,
         scale * log2(e), NO_WINDOW if sliding_window is None else sliding_window,
         GROUP=group, HEAD_DIM=d, D=tile_edge(d), BLOCK_SIZE=stored.block_size,
-        WINDOWED=sliding_window is not None, FORMAT=stored.format,
+        WINDOWED=sliding_window is not None, FORMAT=stored.format, GROUPS=stored.groups,
         ROWS=tile_edge(share.q_len * group),
     )  # fmt: skip
     merge_kernel[len(share.sequences), share.q_len, heads](

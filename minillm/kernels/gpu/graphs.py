@@ -22,7 +22,6 @@ from minillm.cache.blocks import DUMMY_BLOCK
 from minillm.cache.paged import PagedCache
 from minillm.engine.batch import Batch
 from minillm.model.decoder import Decoder
-from minillm.quantization.cache import QuantizedCache
 
 
 def padded_size(num_sequences: int) -> int:
@@ -60,7 +59,7 @@ class StaticStep:
 class DecodeGraphs:
     """One captured decode step per padded batch size, made when first needed."""
 
-    def __init__(self, model: Decoder, cache: PagedCache | QuantizedCache) -> None:
+    def __init__(self, model: Decoder, cache: PagedCache) -> None:
         self.model = model
         self.cache = cache
         self._steps: dict[int, StaticStep] = {}

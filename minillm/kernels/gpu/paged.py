@@ -3,6 +3,9 @@
 # mypy: disable-error-code="no-untyped-def,arg-type,var-annotated"
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +15,6 @@ from minillm.attention.metadata import AttentionMetadata
 from minillm.kernels.gpu.decode import MAX_ROWS, triton_decode
 from minillm.kernels.gpu.prefill import triton_prefill
 from minillm.kernels.gpu.tiles import Share, tile_edge
-from minillm.quantization.attention import QuantizedBlocks, Tails
 
 
 @triton.jit
@@ -45,50 +47,68 @@ def triton_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout
 
 def triton_attention(
     q: Tensor,
-    keys: Tensor | QuantizedBlocks,
-    values: Tensor | QuantizedBlocks,
+    k_pool: Tensor,
+    v_pool: Tensor,
     layout: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None = None,
-    tails: Tails | None = None,
 ) -> Tensor:
-    """Packed attention: q `[num_tokens, heads, d]` -> like q.
+    """Packed attention: q `[num_tokens, heads, d]` -> like q; see the definition, `paged.paged_attention`.
 
-    Keys and values are pools `[kv_heads, num_blocks, block_size, d]` in q's dtype, or blocks of codes: see the twins,
-    `paged.paged_attention` and `quantized.quantized_attention`.
+    Keys and values are pools `[kv_heads, num_blocks, block_size, d]` in q's dtype.
     """
-    return triton_attention_lse(q, keys, values, layout, scale=scale, sliding_window=sliding_window, tails=tails)[0]
+    return triton_attention_lse(q, k_pool, v_pool, layout, scale=scale, sliding_window=sliding_window)[0]
 
 
 def triton_attention_lse(
     q: Tensor,
-    keys: Tensor | QuantizedBlocks,
-    values: Tensor | QuantizedBlocks,
+    k_pool: Tensor,
+    v_pool: Tensor,
     layout: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None = None,
-    tails: Tails | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output like q and log-sum-exp `[num_tokens, heads]` in float32."""
+    group = q.shape[1] // len(k_pool)
+    plan = layout.memo.get(group) or layout.memo.setdefault(group, prepare(layout, group))
+    return attend_stored(q, (k_pool,), (v_pool,), plan, scale=scale, sliding_window=sliding_window)
+
+
+class Plan(NamedTuple):
+    """A step as the kernels take it: made once, read by every layer."""
+
+    metadata: AttentionMetadata
+    short: Share  # for the decode kernel
+    long: Share  # for the prefill kernel
+
+
+def prepare(metadata: AttentionMetadata, group: int) -> Plan:
+    """Sequences with few queries apart from those with many; group: query heads per key/value head."""
+    busy = [i for i, q_len in enumerate(metadata.q_lens) if q_len]
+    short = [i for i in busy if metadata.q_lens[i] <= MAX_ROWS // group]
+    long = [i for i in busy if metadata.q_lens[i] > MAX_ROWS // group]
+    return Plan(metadata, Share.of(metadata, short), Share.of(metadata, long))
+
+
+def attend_stored(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    plan: Plan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same for keys and values in any format: a pool each, or codes and the ends of their ranges."""
     q = _dense_heads(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    kv_heads = len(keys if isinstance(keys, Tensor) else keys.tensors[0])
-    group = q.shape[1] // kv_heads
-    short, long = layout.memo.get(group) or layout.memo.setdefault(group, _divide(layout, MAX_ROWS // group))
-    for kernel, share in ((triton_decode, short), (triton_prefill, long)):
+    for kernel, share in ((triton_decode, plan.short), (triton_prefill, plan.long)):
         if share.q_len:
-            kernel(q, keys, values, layout, share, out, lse, scale=scale, sliding_window=sliding_window, tails=tails)
+            kernel(q, keys, values, plan.metadata, share, out, lse, scale=scale, sliding_window=sliding_window)
     return out, lse
-
-
-def _divide(layout: AttentionMetadata, max_q_len: int) -> tuple[Share, Share]:
-    """Sequences with at most `max_q_len` queries, and those with more."""
-    busy = [i for i, q_len in enumerate(layout.q_lens) if q_len]
-    short = [i for i in busy if layout.q_lens[i] <= max_q_len]
-    return Share.of(layout, short), Share.of(layout, [i for i in busy if layout.q_lens[i] > max_q_len])
 
 
 def _dense_heads(x: Tensor) -> Tensor:

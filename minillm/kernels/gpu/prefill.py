@@ -9,6 +9,7 @@ Loses: with one query per sequence most rows of a tile are empty and few program
 # mypy: disable-error-code="no-untyped-def,arg-type,var-annotated"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import e, log2
 
 import triton
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from minillm.attention.metadata import AttentionMetadata
 from minillm.kernels.gpu.tiles import INTERPRETED, NO_WINDOW, Share, Stored, attend_keys, finish, tile_edge
-from minillm.quantization.attention import QuantizedBlocks, Tails
 
 CONFIGS = [
     triton.Config({"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=stages)
@@ -28,11 +28,11 @@ CONFIGS = [
 @triton.autotune(CONFIGS[:1] if INTERPRETED else CONFIGS, key=["HEAD_DIM", "GROUP", "WINDOWED", "FORMAT", "LONG"])
 @triton.jit
 def prefill_kernel(
-    q_ptr, k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr, tail_tables_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, k_low_ptr, k_high_ptr, v_ptr, v_low_ptr, v_high_ptr, out_ptr, lse_ptr,
     sequences_ptr, tables_ptr, seq_lens_ptr, cu_seqlens_ptr,
-    q_token, q_head, head_blocks, head_tails, tail_width, table_width, scale_log2, window,
+    q_token, q_head, head_blocks, table_width, scale_log2, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
-    FORMAT: tl.constexpr,
+    FORMAT: tl.constexpr, GROUPS: tl.constexpr,
     LONG: tl.constexpr,  # nothing but a key of the autotuner: a tile that suits 8000 queries does not suit 50
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -61,9 +61,9 @@ def prefill_kernel(
     kv_head, sequence = kv_head.to(tl.int64), sequence.to(tl.int64)
     m, l, out = attend_keys(
         q, offset + query, first, last, 0, kv_len,
-        k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr,
-        tables_ptr + sequence * table_width, tail_tables_ptr + sequence * tail_width,
-        kv_head * head_blocks, kv_head * head_tails, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, FORMAT,
+        k_ptr, k_low_ptr, k_high_ptr, v_ptr, v_low_ptr, v_high_ptr,
+        tables_ptr + sequence * table_width, kv_head * head_blocks, scale_log2, window,
+        HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, FORMAT, GROUPS,
     )  # fmt: skip
     out, lse = finish(m, l, out)
     place = token * (tl.num_programs(2) * GROUP) + head  # row of out [num_tokens, heads, d] and lse [num_tokens, heads]
@@ -74,8 +74,8 @@ def prefill_kernel(
 
 def triton_prefill(
     q: Tensor,
-    keys: Tensor | QuantizedBlocks,
-    values: Tensor | QuantizedBlocks,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     layout: AttentionMetadata,
     share: Share,
     out: Tensor,
@@ -83,14 +83,13 @@ def triton_prefill(
     *,
     scale: float,
     sliding_window: int | None = None,
-    tails: Tails | None = None,
 ) -> None:
     """Attention of the sequences in `share`, into their rows of `out` `[num_tokens, heads, d]` and `lse` (float32).
 
     q `[num_tokens, heads, d]` may have any strides between tokens and heads; out and lse are contiguous.
     """
     _, heads, d = q.shape
-    stored = Stored.of(keys, values, layout, tails)
+    stored = Stored.of(keys, values)
     group = heads // stored.kv_heads
 
     def grid(config: dict[str, int]) -> tuple[int, int, int]:
@@ -99,9 +98,9 @@ def triton_prefill(
     prefill_kernel[grid](
         q, *stored.pointers, out, lse,
         share.sequences, layout.block_tables, layout.seq_lens, layout.cu_seqlens_q,
-        q.stride(0), q.stride(1), *stored.sizes, layout.block_tables.stride(0),
+        q.stride(0), q.stride(1), stored.head_blocks, layout.block_tables.stride(0),
         scale * log2(e), NO_WINDOW if sliding_window is None else sliding_window,
         GROUP=group, HEAD_DIM=d, D=tile_edge(d), BLOCK_SIZE=stored.block_size,
-        WINDOWED=sliding_window is not None, FORMAT=stored.format,
+        WINDOWED=sliding_window is not None, FORMAT=stored.format, GROUPS=stored.groups,
         LONG=share.q_len >= 1024,
     )  # fmt: skip

@@ -17,8 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.attention.metadata import AttentionMetadata
-from minillm.errors import ConfigError
-from minillm.quantization.attention import QuantizedBlocks, Tails
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,17 +32,14 @@ def attend_keys(
     last,
     lo,  # the keys lo <= key < hi
     hi,
-    k_ptr,  # keys or their codes, low and high ends of their ranges, and exact keys: see `Stored`
+    k_ptr,  # keys or their codes, low and high ends of their ranges: see `Stored`
     k_low_ptr,
     k_high_ptr,
-    exact_ptr,
     v_ptr,  # values likewise
     v_low_ptr,
     v_high_ptr,
-    table,  # block table of this sequence, and its table of tails
-    tail_table,
-    head_block,  # of this head, its first block in a pool, and its first tail
-    head_tail,
+    table,  # block table of this sequence
+    head_block,  # of this head, its first block in a pool
     scale_log2,  # softmax scale · log2(e): scores in units of log 2, because exp2 is one instruction
     window,
     HEAD_DIM: tl.constexpr,
@@ -52,60 +47,50 @@ def attend_keys(
     KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
     FORMAT: tl.constexpr,
+    GROUPS: tl.constexpr,  # ranges per token, in int4
 ):
     """Running maximum m, sum l and output over the keys lo..hi, in the order: window's edge, inside, causal edge.
 
-    Only edges pay for a mask. Tiles wholly outside the causal rule or the window are not visited. In int4, where a
-    query sees its own block's keys exactly, they come last, and the causal edge before them is that of whole blocks.
+    Only edges pay for a mask. Tiles wholly outside the causal rule or the window are not visited.
     """
     m = tl.full([q.shape[0]], float("-inf"), tl.float32)
     l = tl.zeros([q.shape[0]], tl.float32)
     out = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
     hi = tl.minimum(hi, last + 1)
-    stored_hi, seen_by_all = hi, first + 1
-    if FORMAT == "int4":
-        stored_hi, seen_by_all = tl.minimum(hi, last // BLOCK_SIZE * BLOCK_SIZE), first // BLOCK_SIZE * BLOCK_SIZE
     inner_lo = lo
     if WINDOWED:
         lo = tl.maximum(lo, first - window + 1)
-        inner_lo = tl.minimum(stored_hi, lo + tl.cdiv(tl.maximum(last - window + 1 - lo, 0), KEYS) * KEYS)
+        inner_lo = tl.minimum(hi, lo + tl.cdiv(tl.maximum(last - window + 1 - lo, 0), KEYS) * KEYS)
         m, l, out = _fold(
             q, m, l, out, position, lo, inner_lo,
-            k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr, table, tail_table,
-            head_block, head_tail, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, True, FORMAT, False,
+            k_ptr, k_low_ptr, k_high_ptr, v_ptr, v_low_ptr, v_high_ptr, table,
+            head_block, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, True, FORMAT, GROUPS,
         )  # fmt: skip
-    inner_hi = inner_lo + tl.maximum(tl.minimum(stored_hi, seen_by_all) - inner_lo, 0) // KEYS * KEYS
+    inner_hi = inner_lo + tl.maximum(tl.minimum(hi, first + 1) - inner_lo, 0) // KEYS * KEYS
     m, l, out = _fold(
         q, m, l, out, position, inner_lo, inner_hi,
-        k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr, table, tail_table,
-        head_block, head_tail, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, False, FORMAT, False,
+        k_ptr, k_low_ptr, k_high_ptr, v_ptr, v_low_ptr, v_high_ptr, table,
+        head_block, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, False, FORMAT, GROUPS,
     )  # fmt: skip
     m, l, out = _fold(
-        q, m, l, out, position, inner_hi, stored_hi,
-        k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr, table, tail_table,
-        head_block, head_tail, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, True, FORMAT, False,
+        q, m, l, out, position, inner_hi, hi,
+        k_ptr, k_low_ptr, k_high_ptr, v_ptr, v_low_ptr, v_high_ptr, table,
+        head_block, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, True, FORMAT, GROUPS,
     )  # fmt: skip
-    if FORMAT == "int4":
-        m, l, out = _fold(
-            q, m, l, out, position, tl.maximum(lo, seen_by_all), hi,
-            k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr, table, tail_table,
-            head_block, head_tail, scale_log2, window, HEAD_DIM, BLOCK_SIZE, KEYS, WINDOWED, True, FORMAT, True,
-        )  # fmt: skip
     return m, l, out
 
 
 @triton.jit
 def _fold(
-    q, m, l, out, position, lo, hi, k_ptr, k_low_ptr, k_high_ptr, exact_ptr, v_ptr, v_low_ptr, v_high_ptr,
-    table, tail_table, head_block, head_tail, scale_log2, window,
+    q, m, l, out, position, lo, hi, k_ptr, k_low_ptr, k_high_ptr, v_ptr, v_low_ptr, v_high_ptr,
+    table, head_block, scale_log2, window,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr, MASKED: tl.constexpr,
-    FORMAT: tl.constexpr, EXACT: tl.constexpr,
+    FORMAT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys lo..hi into (m, l, out), KEYS at a time; without MASKED every row sees all of them.
 
-    A range per token leaves the sum over channels, q · (step · code) = step · (q · code): codes are multiplied as they
-    are, and the step is multiplied with a score or a weight. A range per channel does not: those keys are decoded.
-    EXACT: keys come from the tails, and each row sees those of its own block alone.
+    A scale per token leaves the sum over channels, q · (step · code) = step · (q · code): codes are multiplied as they
+    are, and the step is multiplied with a score or a weight. Several ranges per token (int4) do not: those are decoded.
     """
     dim = tl.arange(0, q.shape[1])
     for start in range(lo, hi, KEYS):
@@ -116,25 +101,14 @@ def _fold(
         token = block * BLOCK_SIZE + key % BLOCK_SIZE
         loaded = inside[:, None] & (dim < HEAD_DIM)[None, :]
         # K tile: 2 · KEYS · d bytes from memory, used by all rows: 16 KiB for 64 keys of d = 128. 8 bits: half of it.
-        if EXACT:
-            tail = head_tail + tl.load(tail_table + key // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            k = _load(exact_ptr, tail * BLOCK_SIZE + key % BLOCK_SIZE, dim, loaded, HEAD_DIM, "plain")
-        else:
-            k = _load(k_ptr, token, dim, loaded, HEAD_DIM, FORMAT)
-            if FORMAT == "int4":
-                low, step = _range(k_low_ptr, k_high_ptr, block[:, None] * HEAD_DIM + dim[None, :], loaded, FORMAT)
-                k = low + step * k
+        k = _load(k_ptr, k_low_ptr, k_high_ptr, token, dim, loaded, HEAD_DIM, FORMAT, GROUPS)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale_log2
         if FORMAT == "int8" or FORMAT == "fp8":
-            scores *= _range(k_low_ptr, k_high_ptr, token, inside, FORMAT)[1][None, :]
+            scores *= _step(k_high_ptr, token, inside, FORMAT)[None, :]
         if MASKED:
             seen = inside[None, :] & (key[None, :] <= position[:, None])
             if WINDOWED:
                 seen = seen & (key[None, :] > position[:, None] - window)
-            if EXACT:
-                seen = seen & (key[None, :] // BLOCK_SIZE == position[:, None] // BLOCK_SIZE)
-            elif FORMAT == "int4":
-                seen = seen & (key[None, :] // BLOCK_SIZE < position[:, None] // BLOCK_SIZE)
             scores = tl.where(seen, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: -inf - (-inf) would be NaN
@@ -143,19 +117,19 @@ def _fold(
         l = l * rescale + tl.sum(weights, 1)
         out *= rescale[:, None]
         # V tile: as many bytes as K.
-        v = _load(v_ptr, token, dim, loaded, HEAD_DIM, FORMAT).to(q.dtype)
-        if FORMAT != "plain":
-            low, step = _range(v_low_ptr, v_high_ptr, token, inside, FORMAT)
-            out += tl.sum(weights * low[None, :], 1)[:, None]
-            weights *= step[None, :]
+        v = _load(v_ptr, v_low_ptr, v_high_ptr, token, dim, loaded, HEAD_DIM, FORMAT, GROUPS).to(q.dtype)
+        if FORMAT == "int8" or FORMAT == "fp8":
+            weights *= _step(v_high_ptr, token, inside, FORMAT)[None, :]
         out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
         m = m_new
     return m, l, out
 
 
 @triton.jit
-def _load(ptr, token, dim, loaded, HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr):
-    """Rows `token` of a pool, as numbers or codes: [KEYS, D].
+def _load(
+    ptr, low_ptr, high_ptr, token, dim, loaded, HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr, GROUPS: tl.constexpr
+):  # fmt: skip
+    """Rows `token` of a pool, [KEYS, D]: numbers, or codes of 8 bits that are still to be multiplied with a step.
 
     float8 comes as bytes, because Triton knows e4m3 only from sm_89 on. Its 4 bits of exponent and 3 of mantissa, put
     where float16 has its own, are the number divided by 2⁸, exactly and whatever the GPU.
@@ -163,7 +137,13 @@ def _load(ptr, token, dim, loaded, HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr)
     if FORMAT == "int4":  # two channels share a byte, and each fetches it: the second time from the L1 cache
         half: tl.constexpr = HEAD_DIM // 2
         byte = tl.load(ptr + token[:, None] * half + (dim % half)[None, :], mask=loaded, other=0)
-        numbers = (byte >> (dim // half * 4)[None, :]) & 15
+        code = (byte >> (dim // half * 4)[None, :]) & 15
+        # Ranges: 4 · groups bytes per key, the same two words for all channels of a group, from the L1 cache too.
+        group: tl.constexpr = (HEAD_DIM + GROUPS - 1) // GROUPS
+        place = token[:, None] * GROUPS + (dim // group)[None, :]
+        low = tl.load(low_ptr + place, mask=loaded, other=0.0).to(tl.float32)
+        high = tl.load(high_ptr + place, mask=loaded, other=0.0).to(tl.float32)
+        numbers = low + code.to(tl.float32) * ((high - low) / 15)
     else:
         numbers = tl.load(ptr + token[:, None] * HEAD_DIM + dim[None, :], mask=loaded, other=0)
     if FORMAT == "fp8":
@@ -173,13 +153,10 @@ def _load(ptr, token, dim, loaded, HEAD_DIM: tl.constexpr, FORMAT: tl.constexpr)
 
 
 @triton.jit
-def _range(low_ptr, high_ptr, place, loaded, FORMAT: tl.constexpr):
-    """What code 0 stands for, and by how much more the next one does: float32 like `place`."""
-    high = tl.load(high_ptr + place, mask=loaded, other=0.0).to(tl.float32)
-    if FORMAT == "int4":
-        low = tl.load(low_ptr + place, mask=loaded, other=0.0).to(tl.float32)
-        return low, (high - low) / 15
-    return tl.zeros_like(high), high / (127.0 if FORMAT == "int8" else 448.0 / 256)
+def _step(scale_ptr, token, inside, FORMAT: tl.constexpr):
+    """What a code of 1 stands for in int8 and fp8, for each key: float32 [KEYS]."""
+    scale = tl.load(scale_ptr + token, mask=inside, other=0.0).to(tl.float32)
+    return scale / (127.0 if FORMAT == "int8" else 448.0 / 256)
 
 
 @triton.jit
@@ -194,37 +171,26 @@ class Stored(NamedTuple):
     """Where keys and values lie and in which format: the cache's part of a launch."""
 
     format: str  # "plain", "int8", "fp8" or "int4"
-    pointers: tuple[Tensor, ...]  # keys, their low and high ends, exact keys; values, low, high; table of tails
-    sizes: tuple[int, int, int]  # blocks per head, tails per head, width of the table of tails
+    pointers: tuple[Tensor, ...]  # keys, their low and high ends; values, low, high
+    head_blocks: int  # blocks per head
     kv_heads: int
     block_size: int
+    groups: int  # ranges per token: 1, but for int4
 
     @classmethod
-    def of(
-        cls,
-        keys: Tensor | QuantizedBlocks,
-        values: Tensor | QuantizedBlocks,
-        layout: AttentionMetadata,
-        tails: Tails | None,
-    ) -> Stored:
-        """Pools `[kv_heads, num_blocks, block_size, d]` in the model's dtype, or blocks in a format.
-
-        Raises ConfigError for int4 without tails: a block's keys are nowhere else until it is complete.
-        """
+    def of(cls, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Stored:
+        """Pools `[kv_heads, num_blocks, block_size, d]` in the model's dtype, or codes and the ends of their ranges."""
         (k, *k_range), (v, *v_range) = _parts(keys), _parts(values)
         name = FORMATS.get(k.dtype, "plain")
-        if name == "int4" and tails is None:
-            raise ConfigError("Keys in int4 are read together with the tails of incomplete blocks. Give `tails`.")
-        exact, table = (k, layout.block_tables) if tails is None else (tails.keys, tails.layout.block_tables)
         if name == "fp8":
             k, v = k.view(torch.uint8), v.view(torch.uint8)
-        sizes = k.stride(0) // k.stride(1), exact.stride(0) // exact.stride(1), table.stride(0)
-        return cls(name, (k, *k_range, exact, v, *v_range, table), sizes, len(k), k.shape[2])
+        groups = k_range[0].shape[3] if name == "int4" else 1
+        return cls(name, (k, *k_range, v, *v_range), k.stride(0) // k.stride(1), len(k), k.shape[2], groups)
 
 
-def _parts(pool: Tensor | QuantizedBlocks) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(stored: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, low and high. A scale is both of its ends; numbers that are no codes have none."""
-    codes, *ends = (pool,) if isinstance(pool, Tensor) else pool.tensors
+    codes, *ends = stored
     return codes, (ends or [codes])[0], (ends or [codes])[-1]
 
 

@@ -37,8 +37,8 @@ def qualities(wrong: float = 12.4) -> list[KvQuality]:
     errors = {"Gaussian": 0.04, "outliers": 0.3, "trained": 0.05}
     bits = {"fp8": 8.25, "int8": 8.25, "int4": 4.75, "int4 per token": 4.5}
     perplexities = {"fp8": 12.01, "int8": 11.99, "int4": 12.06, "int4 per token": wrong}
-    found = [KvQuality(name, bits[name], value, errors) for name, value in perplexities.items()]
-    return [KvQuality("auto", 32, 12.0, {}), *found]
+    found = [KvQuality(name, bits[name], value, 0.01, errors) for name, value in perplexities.items()]
+    return [KvQuality("auto", 32, 12.0, 0.0, {}), *found]
 
 
 def title(figure: Figure) -> str:
@@ -76,7 +76,7 @@ def test_points_are_perplexity_and_errors() -> None:
 
 
 def test_the_title_compares_int4_with_its_wrong_version_only_if_that_is_worse() -> None:
-    assert "int4 costs 0.50 % of perplexity; were keys' ranges per token, it would be 3.33 %" in title(
+    assert "int4 costs 0.50 % of perplexity; with one range per token it would be 3.33 %" in title(
         quality_figure(qualities())
     )
     assert title(quality_figure(qualities(wrong=12.0))) == "No format costs more than 0.50 % of perplexity"
@@ -94,7 +94,9 @@ def test_nothing_overlaps_whatever_was_measured() -> None:
         ]
         assert untidy(format_figure(drawn, batch=rng.randint(1, 512))) == [], f"{seed=}, {case=}"
         found = [
-            KvQuality(one.format, one.bits, rng.uniform(11.9, 13), {k: rng.lognormvariate(-3, 1) for k in one.errors})
+            KvQuality(
+                one.format, one.bits, rng.uniform(11.9, 13), 0.01, {k: rng.lognormvariate(-3, 1) for k in one.errors}
+            )
             for one in qualities()
         ]
         assert untidy(quality_figure(found)) == [], f"{seed=}, {case=}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 
 from minillm.course.figures import style
@@ -52,3 +54,53 @@ def test_words_beside_lines_keep_apart_and_below_the_top() -> None:
     assert style.apart(axes, [2, 8]) == pytest.approx([0.2, 0.8]), "who meets nobody stays"
     assert style.apart(axes, [2, 2.1, 5]) == pytest.approx([0.2, 0.2 + step, 0.5])
     assert style.apart(axes, [10, 0, 9.9]) == pytest.approx([1 - step / 2, 0, 1 - 1.5 * step])
+
+
+def test_figures_at_once_share_the_sheet_and_leave_nothing() -> None:
+    """Threads that begin and end in any order: each draws in the style, and at the end all settings are as before."""
+    seed = random.randrange(2**32)
+    rng = random.Random(seed)
+    for _ in range(5):
+        before, drawn = dict(rcParams), list[bool]()
+        events = [(threading.Event(), threading.Event()) for _ in range(4)]
+
+        @style.SHEET
+        def figure(begun: threading.Event, go: threading.Event, drawn: list[bool] = drawn) -> None:
+            begun.set()
+            go.wait()
+            text = style.new_figure(1).text(0, 0, "$x$")
+            drawn.append(text.get_color() == style.INK and not text.get_parse_math())
+
+        threads = [threading.Thread(target=figure, args=pair) for pair in events]
+        for thread, (begun, _go) in zip(threads, events, strict=True):
+            thread.start()
+            begun.wait()
+        for index in rng.sample(range(4), 4):
+            events[index][1].set()
+            threads[index].join()
+        assert dict(rcParams) == before and drawn == [True] * 4, f"{seed=}"
+
+
+def test_a_figure_that_fails_and_one_within_another_leave_nothing() -> None:
+    before = dict(rcParams)
+
+    @style.SHEET
+    def outer() -> None:
+        inner()
+        assert rcParams["text.color"] == style.INK, "the inner one did not take the sheet away"
+        raise ZeroDivisionError
+
+    @style.SHEET
+    def inner() -> None:
+        assert rcParams["text.color"] == style.INK
+
+    with pytest.raises(ZeroDivisionError):
+        outer()
+    assert dict(rcParams) == before
+
+
+def test_what_somebody_else_sets_meanwhile_stays() -> None:
+    with rc_context():
+        with style.SHEET:
+            rcParams["text.color"] = "red"
+        assert rcParams["text.color"] == "red" and rcParams["axes.edgecolor"] != style.INK

@@ -51,7 +51,7 @@ from minillm.course.lab.checks import check
 from minillm.course.lab.exercises import Exercise, Task
 
 HINTS = ("Think.", "Multiply.", "return 2 * x")
-EXERCISE = Exercise(tasks=(Task("double", "Double", HINTS), Task("halve", "Halve", HINTS)),
+EXERCISE = Exercise(slug="doubling", tasks=(Task("double", "Double", HINTS), Task("halve", "Halve", HINTS)),
                     banned_operations=("add",))
 
 

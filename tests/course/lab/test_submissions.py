@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from minillm.course.lab.exercises import Course
-from minillm.course.lab.rules import SOURCE_BYTES
 from minillm.course.lab.submissions import MEMBERS, Submission, collect
+from minillm.course.learner import SOURCE_BYTES
 from minillm.errors import CourseError
 from tests.course.lab.classroom import zipped
 

@@ -10,6 +10,7 @@ from minillm.course.lab.checks import Case, check
 from minillm.course.lab.exercises import Exercise, Task
 
 EXERCISE = Exercise(
+    slug="sampling",
     tasks=(
         Task(
             "temperature",

@@ -6,6 +6,7 @@ from minillm.course.lab.checks import Case, check
 from minillm.course.lab.exercises import Exercise, Task
 
 EXERCISE = Exercise(
+    slug="roofline",
     tasks=(
         Task(
             "flops",

@@ -8,6 +8,7 @@ from minillm.course.lab.checks import Case, check
 from minillm.course.lab.exercises import ALLOWED, Exercise, Task
 
 EXERCISE = Exercise(
+    slug="gpu_kernels",
     tasks=(
         Task(
             "softmax",

@@ -8,6 +8,7 @@ from minillm.course.lab.checks import Case, check
 from minillm.course.lab.exercises import Exercise, Task
 
 EXERCISE = Exercise(
+    slug="kv_quantization",
     tasks=(
         Task(
             "int8",

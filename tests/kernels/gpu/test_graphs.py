@@ -61,7 +61,7 @@ def test_replayed_steps_give_the_tokens_of_running_alone() -> None:
             compare(play(replaying_engine(workload.config), workload), alone_all(workload), workload)
 
 
-@pytest.mark.parametrize("kv_format", ["fp8", "int8"])
+@pytest.mark.parametrize("kv_format", ["fp8", "int8", "int4"])
 def test_replayed_steps_on_a_quantised_cache(kv_format: str) -> None:
     for seed in range(5):
         for policy in POLICIES:

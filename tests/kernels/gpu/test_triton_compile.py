@@ -35,15 +35,15 @@ UNEVEN = (
     "scale_log2",
     "window",
     "table_width",
-    "tail_width",
     "head_blocks",
-    "head_tails",
     "num_splits",
 )  # the others are multiples of 16, as in a real launch
 SHAPES: dict[str, dict[str, Any]] = {
-    "d 128, group 4": {"GROUP": 4, "HEAD_DIM": 128, "D": 128, "BLOCK_SIZE": 16, "WINDOWED": False, "FORMAT": "plain"},
+    "d 128, group 4": {
+        "GROUP": 4, "HEAD_DIM": 128, "D": 128, "BLOCK_SIZE": 16, "WINDOWED": False, "FORMAT": "plain", "GROUPS": 1
+    },
     "d 80, group 3, window": {
-        "GROUP": 3, "HEAD_DIM": 80, "D": 128, "BLOCK_SIZE": 16, "WINDOWED": True, "FORMAT": "plain"
+        "GROUP": 3, "HEAD_DIM": 80, "D": 128, "BLOCK_SIZE": 16, "WINDOWED": True, "FORMAT": "plain", "GROUPS": 1
     },
 }  # fmt: skip
 
@@ -78,7 +78,7 @@ def _type(name: str, dtype: str) -> str:
         return "i32"
     if re.fullmatch(r"[kv]_(low|high)_ptr", name):
         return "*bf16"
-    return f"*{dtype}" if re.fullmatch(r"(q|k|v|out|exact|k_pool|v_pool)_ptr", name) else "*i32"
+    return f"*{dtype}" if re.fullmatch(r"(q|k|v|out|k_pool|v_pool)_ptr", name) else "*i32"
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
@@ -123,11 +123,11 @@ def test_odd_shapes_compile() -> None:
     compile_for(80, "bf16", decode_kernel, constants, config.num_warps, config.num_stages)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("form", ["int8", "fp8", "int4"])
 def test_quantised_caches_compile(arch: int, form: str) -> None:
     """fp8 included on sm_80, where Triton has no e4m3: the kernel reads bytes."""
-    shape = SHAPES["d 128, group 4"] | {"BLOCK_SIZE": 32, "FORMAT": form}
+    shape = SHAPES["d 128, group 4"] | {"FORMAT": form, "GROUPS": 4 if form == "int4" else 1}
     first = triton_prefill.CONFIGS[0]
     compile_for(arch, "bf16", prefill_kernel, shape | {"LONG": True} | first.kwargs, first.num_warps, first.num_stages)
     first = triton_decode.CONFIGS[0]
@@ -136,7 +136,7 @@ def test_quantised_caches_compile(arch: int, form: str) -> None:
 
 def test_odd_shapes_of_a_quantised_cache_compile() -> None:
     config = triton_decode.CONFIGS[0]
-    constants = SHAPES["d 80, group 3, window"] | {"ROWS": 16, "FORMAT": "int4"} | config.kwargs
+    constants = SHAPES["d 80, group 3, window"] | {"ROWS": 16, "FORMAT": "int4", "GROUPS": 3} | config.kwargs
     compile_for(80, "bf16", decode_kernel, constants, config.num_warps, config.num_stages)
 
 
