@@ -1,4 +1,4 @@
-"""What a model is: its shape and its variations, read from a Hugging Face `config.json`.
+"""What a model is, its shape and its variations, and how an engine serves it.
 
 One decoder serves the whole Llama family, so a family is nothing but a set of flags here: a bias on the
 projections (Qwen2), a norm on queries and keys (Qwen3), a sliding window (Mistral), scaled frequencies (Llama 3.x).
@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from minillm.errors import CheckpointError, ConfigError, RequestError, UnsupportedModelError
+from minillm.errors import CheckpointError, ConfigError, RequestError
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 KERNELS = ("auto", "reference")
 POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
 
@@ -73,135 +72,6 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads per key/value head (g): 1 is multi-head, num_heads is multi-query attention."""
         return self.num_heads // self.num_kv_heads
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """Read a Hugging Face config dictionary, of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
-
-        Raises `UnsupportedModelError` for an architecture, activation, bias, layer type or rope type outside the
-        family: a model that loads but computes something else is worse than one that is refused.
-        """
-        architecture = _architecture(hf)
-        _refuse_variations(hf, architecture)
-        num_heads = _positive(hf, "num_attention_heads")
-        hidden_size = _positive(hf, "hidden_size")
-        theta, scaling = _rope(hf)
-        return cls(
-            architecture=architecture,
-            vocab_size=_positive(hf, "vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=_positive(hf, "intermediate_size"),
-            num_layers=_positive(hf, "num_hidden_layers"),
-            num_heads=num_heads,
-            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-            head_dim=hf.get("head_dim") or hidden_size // num_heads,
-            max_position_embeddings=_positive(hf, "max_position_embeddings"),
-            rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=architecture == "Qwen2ForCausalLM",
-            qk_norm=architecture == "Qwen3ForCausalLM",
-            sliding_window=_sliding_window(hf, architecture),
-            initializer_range=hf.get("initializer_range", 0.02),
-            eos_token_ids=token_ids(hf.get("eos_token_id")),
-        )
-
-    def to_hf(self, dtype: str) -> dict[str, Any]:
-        """The `config.json` of a checkpoint with this shape, readable by transformers 4 and 5 and by `from_hf`."""
-        if self.rope_scaling is not None:
-            raise CheckpointError(
-                "A config with scaled rotary frequencies is read only: no model here is trained with it."
-            )
-        hf: dict[str, Any] = {
-            "architectures": [self.architecture],
-            "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "initializer_range": self.initializer_range,
-            "eos_token_id": list(self.eos_token_ids) or None,
-            "torch_dtype": dtype,
-        }
-        return hf if self.sliding_window is None else hf | {"sliding_window": self.sliding_window}
-
-
-def _architecture(hf: Mapping[str, Any]) -> str:
-    names = hf.get("architectures") or ["(none given)"]
-    if names[0] not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"Architecture {names[0]} is not supported. Supported: {', '.join(ARCHITECTURES)}. "
-            "Choose a model of the Llama family (Llama 2/3, SmolLM2, TinyLlama, Mistral, Qwen2, Qwen2.5, Qwen3)."
-        )
-    return str(names[0])
-
-
-def _refuse_variations(hf: Mapping[str, Any], architecture: str) -> None:
-    biased = hf.get("attention_bias") or hf.get("mlp_bias")
-    refusals = {
-        f"hidden_act={hf.get('hidden_act')!r} (only 'silu')": hf.get("hidden_act", "silu") != "silu",
-        "attention_bias or mlp_bias": bool(biased),
-        "quantization_config (quantised weights)": hf.get("quantization_config") is not None,
-        "pretraining_tp > 1": hf.get("pretraining_tp", 1) not in (None, 1),
-    }
-    for reason, applies in refusals.items():
-        if applies:
-            raise UnsupportedModelError(f"{architecture} with {reason} is not supported. Use a checkpoint without it.")
-
-
-def _sliding_window(hf: Mapping[str, Any], architecture: str) -> int | None:
-    """Mistral windows every layer. Qwen can window some of them: one window per model is what we implement."""
-    if architecture == "MistralForCausalLM":
-        return hf.get("sliding_window")
-    layer_types = set(hf.get("layer_types") or ["full_attention"])
-    if layer_types == {"full_attention"} or not hf.get("use_sliding_window"):
-        return None
-    if layer_types == {"sliding_attention"}:
-        return hf.get("sliding_window")
-    raise UnsupportedModelError(
-        f"{architecture} with layer types {sorted(layer_types)} is not supported: all layers must share one kind of "
-        "attention. Use a checkpoint with use_sliding_window=false."
-    )
-
-
-def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Base and scaling. transformers 5 writes both into `rope_parameters`, 4 wrote two separate keys."""
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return theta, None
-    if kind == "llama3":
-        return theta, RopeScaling(
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
-        )
-    raise UnsupportedModelError(f"rope type {kind!r} is not supported. Supported: 'default', 'llama3'.")
-
-
-def _positive(hf: Mapping[str, Any], key: str) -> int:
-    value = hf.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json has {key}={value!r}; a positive integer is needed. Is the file complete?")
-    return value
-
-
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """One token id, several or none, as Hugging Face's files write them."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:

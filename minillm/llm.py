@@ -47,7 +47,7 @@ class LLM:
         **settings: Any,
     ) -> None:
         config = EngineConfig.of(settings)
-        how = {"device": device, "dtype": dtype, "seed": config.seed, "kernels": config.kernels}
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "seed": config.seed, "kernels": config.kernels}
         decoder = load_model(model, **how)
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(decoder, config)

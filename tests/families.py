@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from minillm.config import ModelConfig
 from minillm.model.decoder import Decoder
+from minillm.model.hf import model_config
 from minillm.model.loader import RandomWeights, assemble
 
 BASE: dict[str, Any] = {
@@ -52,6 +52,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def random_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
     """A tiny decoder of one family with random weights, on the CPU."""
-    config = ModelConfig.from_hf(FAMILIES[family] | changes)
+    config = model_config(FAMILIES[family] | changes)
     source = RandomWeights(config, dtype, torch.Generator().manual_seed(seed))
     return assemble(config, source, torch.device("cpu"), dtype)

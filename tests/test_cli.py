@@ -21,10 +21,11 @@ from minillm import LLM, SamplingParams
 from minillm.cli import main, screen
 from minillm.cli.console import number, quantity
 from minillm.course.training.bpe import save_tokenizer, train_tokenizer
+from minillm.course.training.checkpoint import save_checkpoint
 from minillm.course.training.train import History, TrainConfig
 from minillm.measure import hardware
 from minillm.measure.machine import describe_machine
-from minillm.model.loader import EMBEDDED, save_checkpoint
+from minillm.model.loader import EMBEDDED
 from tests.measure.test_hardware import HARDWARE
 from tests.model.test_loader import unpacked
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.cli import main, screen
+from minillm.cli import main
+from minillm.course.training.checkpoint import save_checkpoint
 from minillm.measure import hardware, roofline
-from minillm.model.loader import save_checkpoint
 from tests.measure.test_hardware import HARDWARE
 from tests.model.test_loader import unpacked
 

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from minillm import LLM, SamplingParams
+from minillm.course.training.checkpoint import save_checkpoint
 from minillm.errors import ConfigError, RequestError
 from minillm.generate import generate, prefill
-from minillm.model.loader import save_checkpoint
 from minillm.model.tokenizer import Tokenizer
 from tests.model.test_loader import unpacked
 

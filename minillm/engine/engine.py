@@ -40,7 +40,8 @@ from minillm.model.decoder import Decoder
 from minillm.outputs import FinishReason
 from minillm.sampling import SamplingParams
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 OWN = "#"  # what the ids begin with that the engine makes
 NO_DISTRIBUTION = "The model's logits or the sampling parameters left no distribution to draw from (NaN)."
 

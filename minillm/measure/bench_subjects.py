@@ -15,6 +15,7 @@ from minillm.cache.contiguous import ContiguousCache
 from minillm.config import ModelConfig
 from minillm.generate import decode, prefill
 from minillm.measure.hardware import dtype_name
+from minillm.measure.hf_shape import hf_shape
 from minillm.model.decoder import Decoder
 
 
@@ -81,7 +82,7 @@ def _random_transformer(config: ModelConfig, device: torch.device, dtype: torch.
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()
-    shape = replace(config, rope_scaling=None).to_hf(dtype_name(dtype))
+    shape = hf_shape(replace(config, rope_scaling=None), dtype_name(dtype))
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), attn_implementation="sdpa")
     return model.to(device, dtype).eval()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minillm.costs.roof import Roof
+from minillm.kernels.cpu.linear import pack
 from minillm.measure.bench import interleaved
 from minillm.measure.machine import Machine, describe_machine
 from minillm.model.linear import Linear
@@ -101,7 +102,7 @@ def read_patterns(buffer: Tensor) -> dict[str, Callable[[], object]]:
     """
     floats, ints = buffer.view(torch.float32), buffer.view(torch.int64)
     layer, row = _layer(buffer.view(-1, GEMV_COLUMNS)), buffer[:GEMV_COLUMNS].view(1, -1)
-    layer.pack()
+    pack(layer)
     return {
         "read sum bf16": buffer.sum,
         "read sum int64": ints.sum,
@@ -138,7 +139,7 @@ def matmul_patterns(size: int, dtype: torch.dtype, device: torch.device) -> dict
     """Ways to multiply two square matrices, 2 size³ FLOPs each: the engine's linear layer, plain and packed."""
     x = torch.randn(size, size, device=device).to(dtype)
     plain, packed = _layer(x), _layer(x)
-    packed.pack()
+    pack(packed)
     return {"matmul plain": lambda: plain(x), "matmul packed": lambda: packed(x)}
 
 

@@ -108,7 +108,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = "auto"  # whether faster kernels may stand in for the definitions: see `load_model`
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # from_pretrained draws no numbers, which the loader would overwrite; on "meta" that costs seconds of imports.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)

@@ -1,8 +1,9 @@
 """From a name to a model: the embedded ones, a folder, a hub name, or a random shape.
 
-Weights are read one layer at a time, fused (q, k, v side by side; gate and up side by side) and packed for the CPU
-before the next layer is opened, so that the peak stays near the size of the weights themselves. `layout` says which
-tensors of a Hugging Face checkpoint make up which tensor of ours: loading and saving both follow it.
+What the files of a folder hold is compared with its config before anything is allocated. Then weights are read one
+layer at a time, fused (q, k, v side by side; gate and up side by side) and handed to this machine's kernels before the
+next layer is opened, so that the peak stays near the size of the weights themselves. `layout` says which tensors of a
+Hugging Face checkpoint make up which tensor of ours: loading and saving both follow it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,17 +24,25 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minillm.config import ModelConfig, token_ids
+from minillm import seams
+from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, ConfigError
 from minillm.model.decoder import Decoder, RMSNorm
+from minillm.model.hf import check_file, read_config, read_json
 from minillm.model.linear import Linear
 from minillm.model.shapes import named_shape
 
 EMBEDDED = Path(__file__).parent.parent / "checkpoints"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+STORED = ("F64", "F32", "F16", "BF16")  # what safetensors calls them
+HARMLESS = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+)  # tables of old files: config.json rules
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+KERNELS = ("auto", "reference")
+MAX_FILE = 1 << 40  # bytes
 
 
 @dataclass(frozen=True)
@@ -47,46 +56,48 @@ class Piece:
 
 
 def layout(config: ModelConfig) -> list[list[Piece]]:
-    """The pieces of the whole model, grouped by what is loaded together: ends first, then one group per layer."""
+    """The pieces of the whole model, grouped by what is loaded together: ends first, then one group per layer.
+
+    A bias comes before its weight, so that a layer is complete when its weight is there.
+    """
     return [_ends(config)] + [_layer(config, index) for index in range(config.num_layers)]
 
 
 def _ends(config: ModelConfig) -> list[Piece]:
-    table = (config.vocab_size, config.hidden_size)
+    table = ((config.vocab_size, config.hidden_size),)
     pieces = [
-        Piece("embedding.weight", ("model.embed_tokens.weight",), (table,)),
+        Piece("embedding.weight", (EMBEDDING,), table),
         Piece("norm.weight", ("model.norm.weight",), ((config.hidden_size,),)),
     ]
-    if not config.tie_word_embeddings:
-        pieces.append(Piece("head.weight", ("lm_head.weight",), (table,)))
-    return pieces
+    return pieces if config.tie_word_embeddings else [*pieces, Piece("head.weight", (HEAD,), table)]
 
 
 def _layer(config: ModelConfig, index: int) -> list[Piece]:
-    ours, theirs = f"layers.{index}.", f"model.layers.{index}."
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    qkv = tuple(f"{theirs}self_attn.{name}_proj" for name in "qkv")
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, (config.num_heads, config.num_kv_heads)
+    q_rows, kv_rows = (count * config.head_dim for count in heads)
+    projections, norms = ([f"self_attn.{name}_{kind}" for name in "qkv"] for kind in ("proj", "norm"))
     rows = (q_rows, kv_rows, kv_rows)
-    pieces = [
-        Piece(f"{ours}attention_norm.weight", (f"{theirs}input_layernorm.weight",), ((hidden,),)),
-        Piece(f"{ours}mlp_norm.weight", (f"{theirs}post_attention_layernorm.weight",), ((hidden,),)),
-        Piece(f"{ours}attention.qkv.weight", tuple(f"{p}.weight" for p in qkv), tuple((r, hidden) for r in rows)),
-        Piece(f"{ours}attention.out.weight", (f"{theirs}self_attn.o_proj.weight",), ((hidden, q_rows),)),
+    table: dict[str, tuple[list[str], list[tuple[int, ...]]]] = {  # ours: theirs, and their shapes
+        "attention_norm.weight": (["input_layernorm"], [(hidden,)]),
+        "mlp_norm.weight": (["post_attention_layernorm"], [(hidden,)]),
+        "attention.qkv.bias": (projections, [(n,) for n in rows]),
+        "attention.qkv.weight": (projections, [(n, hidden) for n in rows]),
+        "attention.qk_norm.weight": (norms[:2], [(config.head_dim,)] * 2),
+        "attention.out.weight": (["self_attn.o_proj"], [(hidden, q_rows)]),
+        "mlp.gate_up.weight": (["mlp.gate_proj", "mlp.up_proj"], [(inner, hidden)] * 2),
+        "mlp.down.weight": (["mlp.down_proj"], [(hidden, inner)]),
+    }
+    absent = {"attention.qkv.bias": not config.qkv_bias, "attention.qk_norm.weight": not config.qk_norm}
+    return [
         Piece(
-            f"{ours}mlp.gate_up.weight",
-            (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
-            ((inner, hidden),) * 2,
-        ),
-        Piece(f"{ours}mlp.down.weight", (f"{theirs}mlp.down_proj.weight",), ((hidden, inner),)),
+            f"layers.{index}.{ours}",
+            tuple(f"model.layers.{index}.{name}.{ours.rpartition('.')[2]}" for name in theirs),
+            tuple(shapes),
+            heads if "qk_norm" in ours else (),
+        )
+        for ours, (theirs, shapes) in table.items()
+        if not absent.get(ours)
     ]
-    if config.qkv_bias:
-        pieces.append(Piece(f"{ours}attention.qkv.bias", tuple(f"{p}.bias" for p in qkv), tuple((r,) for r in rows)))
-    if config.qk_norm:
-        norms = tuple(f"{theirs}self_attn.{name}_norm.weight" for name in "qk")
-        heads = (config.num_heads, config.num_kv_heads)
-        pieces.append(Piece(f"{ours}attention.qk_norm.weight", norms, ((config.head_dim,),) * 2, heads))
-    return pieces
 
 
 Read = Callable[[str, tuple[int, ...]], Tensor]
@@ -101,37 +112,59 @@ class Source(Protocol):
 
 
 class Checkpoint:
-    """The safetensors files of a folder, one or sharded. Nothing is ever unpickled."""
+    """The safetensors files of a folder, one or sharded, which hold exactly what a config asks for.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file_of = _index(folder)
+    Nothing is ever unpickled. Raises CheckpointError for a tensor that is missing, has another shape or dtype, or means
+    that the model computes something else. Only headers are read for that.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig) -> None:
+        self.stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}  # file, shape, dtype
+        for path in _weight_files(folder):
+            with _open_file(path) as file:
+                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+                if twice := sorted(headers.keys() & self.stored.keys()):
+                    raise CheckpointError(f"{twice[0]} is in {path} and in a file before it. Download both again.")
+                self.stored |= {n: (path, tuple(h.get_shape()), h.get_dtype()) for n, h in headers.items()}
+        wanted = {n: s for group in layout(config) for p in group for n, s in zip(p.sources, p.shapes, strict=True)}
+        for name, shape in wanted.items():
+            self._check(name, shape, folder)
+        surplus = {name for name in self.stored if name not in wanted and not HARMLESS.fullmatch(name)}
+        if config.tie_word_embeddings and HEAD in surplus and self._equal(HEAD, EMBEDDING):
+            surplus.remove(HEAD)
+        if surplus:
+            raise CheckpointError(
+                f"{folder} has {len(surplus)} tensors that its config.json does not account for, such as "
+                f"{min(surplus)!r:.80}. Does config.json belong to these weights?"
+            )
+
+    def _check(self, name: str, shape: tuple[int, ...], folder: Path) -> None:
+        if name not in self.stored:
+            raise CheckpointError(f"{folder} has no tensor {name!r}. Is the download complete?")
+        path, given, dtype = self.stored[name]
+        if given != shape:
+            raise CheckpointError(
+                f"{name} in {path} has shape {given!s:.80}, config.json asks for {shape}. "
+                "Does config.json belong to these weights?"
+            )
+        if dtype not in STORED:
+            raise CheckpointError(
+                f"{name} in {path} is {dtype}, not {', '.join(STORED)}: quantised weights are not read."
+            )
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same numbers; a few rows at a time."""
+        (file, shape, _), (other_file, other_shape, _) = self.stored[one], self.stored[other]
+        with _open_file(file) as first, _open_file(other_file) as second:
+            pair = first.get_slice(one), second.get_slice(other)
+            blocks = ([table[row : row + 1024].double() for table in pair] for row in range(0, shape[0], 1024))
+            return shape == other_shape and all(torch.equal(*block) for block in blocks)
 
     @contextmanager
     def open(self) -> Iterator[Read]:
         with ExitStack() as stack:
-            files = functools.cache(lambda name: stack.enter_context(_open_file(self.folder / name)))
-
-            def read(name: str, shape: tuple[int, ...]) -> Tensor:
-                if name not in self.file_of:
-                    raise CheckpointError(f"{self.folder} has no tensor {name!r}. Is the download complete?")
-                tensor = files(self.file_of[name]).get_tensor(name)
-                _check_tensor(tensor, name, shape, self.folder / self.file_of[name])
-                return tensor
-
-            yield read
-
-    def check_nothing_left(self, used: set[str]) -> None:
-        """Refuse tensors that no piece asked for: they would mean that the model computes something else.
-
-        Two kinds are harmless: rotary tables of old checkpoints, and the head of a tied model, which is the embedding.
-        """
-        surplus = [n for n in self.file_of if n not in used and n != "lm_head.weight" and not n.endswith("inv_freq")]
-        if surplus:
-            raise CheckpointError(
-                f"{self.folder} has {len(surplus)} tensors that its config does not account for, such as "
-                f"{sorted(surplus)[0]!r}. Does config.json belong to these weights?"
-            )
+            files = functools.cache(lambda path: stack.enter_context(_open_file(path)))
+            yield lambda name, shape: files(self.stored[name][0]).get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -156,54 +189,68 @@ class RandomWeights:
 def load_model(
     name: str | Path = "tiny",
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    kernels: str = "auto",
     seed: int = 0,
     progress: bool = True,
-    kernels: str = "auto",
 ) -> Decoder:
     """Load a model for inference.
 
     name: "tiny" or "tiny-draft" (embedded), a folder with config.json and safetensors, a hub name such as
     "Qwen/Qwen3-0.6B" (downloaded once), or "random:<shape>" (drawn from `seed`; see `minillm.model.shapes`).
     device "auto" is CUDA where there is one. dtype "auto" is bfloat16 where the device computes in it, else float32.
+    kernels "auto" takes what this machine offers for linear layers, "reference" leaves them to PyTorch.
 
     Raises CheckpointError (missing, damaged or inconsistent files), UnsupportedModelError (a model outside the
-    family), ConfigError (an unknown device or dtype).
+    family), ConfigError (an unknown device, dtype or kind of kernels).
     """
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
-    if str(name).startswith("random:"):
-        config = named_shape(str(name).removeprefix("random:"))
-        source: Source = RandomWeights(config, kind, torch.Generator(place).manual_seed(seed))
-        return assemble(config, source, place, kind, progress=progress)
+    if kernels not in KERNELS:
+        raise ConfigError(f"kernels={kernels!r} is unknown. Choose one of {', '.join(map(repr, KERNELS))}.")
+    how: dict[str, Any] = dict(kernels=kernels, progress=progress)
+    if isinstance(name, str) and name.startswith("random:"):
+        config = named_shape(name.removeprefix("random:"))
+        return assemble(
+            config, RandomWeights(config, kind, torch.Generator(place).manual_seed(seed)), place, kind, **how
+        )
     folder = checkpoint_folder(name)
-    config = _with_all_end_tokens(ModelConfig.from_hf(read_config(folder)), folder)
-    checkpoint = Checkpoint(folder)
-    checkpoint.check_nothing_left({s for group in layout(config) for piece in group for s in piece.sources})
-    return assemble(config, checkpoint, place, kind, progress=progress)
+    config = read_config(folder)
+    return assemble(config, Checkpoint(folder, config), place, kind, **how)
 
 
 def assemble(
-    config: ModelConfig, source: Source, device: torch.device, dtype: torch.dtype, *, progress: bool = False
+    config: ModelConfig,
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    kernels: str = "auto",
+    progress: bool = False,
 ) -> Decoder:
     """Build a decoder from a source of tensors, group by group; see the module's docstring for why."""
     with torch.device("meta"):
         model = Decoder(config)
+    model.kernels = kernels
+    offered = seams.offer("linear", device.type) if kernels == "auto" else None
+    pack: Callable[[Linear], None] = offered.pack if offered else lambda linear: None
     console = Console(stderr=True)  # stdout is for results
     groups = track(layout(config), "Loading weights", transient=True, disable=not progress, console=console)
     for group in groups:
         with source.open() as read:
             for piece in group:
-                _place(model, piece, read, device, dtype)
+                _place(model, piece, read, device, dtype, pack)
         _return_freed_memory()
     if config.tie_word_embeddings:
         model.head.weight = model.embedding.weight
-        model.head.pack()
+        pack(model.head)
     return model.eval().requires_grad_(False)
 
 
-def _place(model: Decoder, piece: Piece, read: Read, device: torch.device, dtype: torch.dtype) -> None:
+def _place(
+    model: Decoder, piece: Piece, read: Read, device: torch.device, dtype: torch.dtype, pack: Callable[[Linear], None]
+) -> None:
     """Read the sources of one piece, fuse them, and put the result into its module, packed where that helps."""
     path, attribute = piece.ours.rsplit(".", 1)
     module = model.get_submodule(path)
@@ -214,7 +261,7 @@ def _place(model: Decoder, piece: Piece, read: Read, device: torch.device, dtype
     fused = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
     setattr(module, attribute, nn.Parameter(fused, requires_grad=False))
     if isinstance(module, Linear) and attribute == "weight":
-        module.pack()
+        pack(module)
 
 
 def _return_freed_memory() -> None:
@@ -225,38 +272,22 @@ def _return_freed_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def save_checkpoint(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a Hugging Face folder (config.json, model.safetensors) that `transformers` and `load_model` both read.
-
-    For a model whose weights are not packed, such as one in training.
-    """
-    tensors: dict[str, Tensor] = {}
-    for piece in (piece for group in layout(model.config) for piece in group):
-        fused = model.get_parameter(piece.ours).detach()
-        if piece.repeats:
-            parts = [rows[0] for rows in fused.split(list(piece.repeats))]
-        else:
-            parts = list(fused.split([shape[0] for shape in piece.shapes]))
-        tensors |= {name: part.to("cpu", dtype).contiguous() for name, part in zip(piece.sources, parts, strict=True)}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # the library keeps it to its owner; a checkpoint is there to be read
-    text = json.dumps(model.config.to_hf(str(dtype).removeprefix("torch.")), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf8")
-
-
 def checkpoint_folder(name: str | Path) -> Path:
-    """The folder that a model name stands for; downloads a hub name once. See `load_model` for the names."""
-    if (EMBEDDED / str(name) / "config.json").is_file():
-        return EMBEDDED / str(name)
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not str(name).startswith("."):
-        return _download(str(name))
-    embedded = ", ".join(sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir()))
+    """The folder that a model name stands for; downloads a hub name once. See `load_model` for the names.
+
+    A `Path`, and a string with a separator, never stand for an embedded model.
+    """
+    text, embedded = str(name), sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
+    if isinstance(name, str) and name in embedded:
+        return EMBEDDED / name
+    folder = Path(os.path.expanduser(text))
+    if folder.is_dir():
+        return folder
+    if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return _download(name)
     raise CheckpointError(
-        f"No model is called {str(name)!r} and no folder has that path. Give an embedded model ({embedded}), a folder "
-        "with config.json and *.safetensors, a hub name such as Qwen/Qwen3-0.6B, or random:<shape>."
+        f"No model is called {text!r} and no folder has that path. Give an embedded model ({', '.join(embedded)}), a "
+        "folder with config.json and *.safetensors, a hub name such as Qwen/Qwen3-0.6B, or random:<shape>."
     )
 
 
@@ -273,83 +304,50 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The dictionary in `folder/config.json`."""
-    return _read_json(folder / "config.json")
-
-
-def _with_all_end_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
-    """Add the end tokens of generation_config.json: chat models end a turn with one that config.json does not name."""
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return config
-    more = token_ids(_read_json(path).get("eos_token_id"))
-    return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more)))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing. A model folder needs config.json and *.safetensors.") from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, an object is needed. Download it again.")
-    return content
-
-
-def _index(folder: Path) -> dict[str, str]:
-    """Which file holds which tensor: from the index of a sharded checkpoint, or from the one file's own header."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map") or {}
-        stray = [file for file in weight_map.values() if not isinstance(file, str) or Path(file).name != file]
-        if stray or not weight_map:
-            raise CheckpointError(f"{index} names no file beside it in its weight_map. Download it again.")
-        return dict(weight_map)
-    if not (folder / "model.safetensors").is_file():
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or else the files that the index of a sharded checkpoint names: beside it, nowhere else."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if os.path.lexists(single):
+        return [single]
+    if not os.path.lexists(index):
         other = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "none"
         raise CheckpointError(
             f"{folder} has no model.safetensors and no index of shards (pickled weights, which are never loaded: "
             f"{other}). Convert the model to safetensors."
         )
-    with _open_file(folder / "model.safetensors") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
+    weight_map = read_json(index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise CheckpointError(f"{index} names no file beside it in its weight_map. Download it again.")
+    return [folder / file for file in sorted(set(files))]
 
 
 def _open_file(path: Path) -> Any:
+    check_file(path, MAX_FILE)
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: a shard that the index names. Download it again.") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}). Download it again.") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error!s:.200}). Download it again.") from error
 
 
-def _check_tensor(tensor: Tensor, name: str, shape: tuple[int, ...], path: Path) -> None:
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(
-            f"{name} in {path} has shape {tuple(tensor.shape)}, config.json asks for {shape}. "
-            "Does config.json belong to these weights?"
-        )
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name} in {path} is {tensor.dtype}: quantised weights are not supported.")
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto", "cpu", "cuda" or "cuda:<n>" as a device that exists here."""
+def choose_device(device: str | torch.device) -> torch.device:
+    """ "auto", "cpu", "cuda" or "cuda:<n>", or PyTorch's object for one of these, as a device that exists here."""
+    device = str(device)
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigError(f"Unknown device {device!r}. Known: 'auto', 'cpu', 'cuda', 'cuda:<n>'.")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}, but PyTorch sees no CUDA GPU here. Use device='cpu' or 'auto'.")
-    return torch.device(device)
+    place = torch.device(device)
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={device!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
+    return place
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """A name as a dtype; "auto" is bfloat16 where the device computes in it and float32 elsewhere."""
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A dtype or its name; "auto" is bfloat16 where the device computes in it and float32 elsewhere."""
+    dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_computes_bfloat16()
         return torch.bfloat16 if fast else torch.float32

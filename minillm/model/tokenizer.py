@@ -6,28 +6,36 @@ TinyLlama, Mistral) write a space as "▁" and rare bytes as "<0x0A>". Once a to
 character that needs two tokens is held back until the second one comes, and nothing that was shown changes later.
 
 Text is decoded as a continuation: the leading space of a first SentencePiece token stays, which that library would
-strip as if a new text began. Special tokens (<|endoftext|>, <s>) have no text.
+strip as if a new text began. Special tokens (<|endoftext|>, <s>) have no text, unless one asks for it.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
+import math
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from minillm import seams
 from minillm.errors import CheckpointError, RequestError
+from minillm.model.hf import MAX_JSON, check_file, generation_ends, read_config, read_json
 from minillm.model.loader import EMBEDDED, checkpoint_folder
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 RenderChat = Callable[[Sequence[Message]], str]
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+MAX_TOKENIZER, MAX_TOKENS, MAX_GROWTH = 32 << 20, 1 << 19, 64  # bytes of tokenizer.json, entries, letters for a letter
+FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt") + (
+    ("tokenizer.model", "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+)
 
 
 class Tokenizer:
@@ -59,41 +67,47 @@ class Tokenizer:
 
         Raises RequestError for what is no text: another type, or half of a surrogate pair, which UTF-8 cannot write.
         """
-        return self._encode(text, add_special_tokens=add_special_tokens)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        self._backend.no_truncation()  # a file may bring either, and whoever shares the object may switch it on
+        self._backend.no_padding()
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:
+            text.encode()
+        except (UnicodeError, AttributeError):
             raise RequestError(
                 f"A prompt must be a string of Unicode characters, not {text!r:.80}. Give text, or token ids where "
                 "the caller takes them."
             ) from None
+        with _named_errors("This model's tokenizer cannot encode the text"):
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
-    def decode(self, token_ids: Iterable[int]) -> str:
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids as the continuation of a text. Bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes, token_ids)).decode("utf-8", errors="replace")
+        parts = (self.token_bytes(token_id, skip_special_tokens) for token_id in token_ids)
+        return b"".join(parts).decode("utf-8", errors="replace")
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token contributes to the text; nothing for special tokens and for ids beyond the vocabulary."""
+    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
+        """What one token contributes to the text; nothing for ids beyond the vocabulary.
+
+        Special tokens contribute nothing, or their names with skip_special_tokens=False.
+        """
         if token_id in self._added:
             added = self._added[token_id]
-            return b"" if added.special else str(added.content).encode()
+            return b"" if added.special and skip_special_tokens else str(added.content).encode()
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._spell(token)
 
     def apply_chat_template(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer.
 
-        messages: {"role": "system" | "user" | "assistant", "content": text}. Raises RequestError for a model
-        without a chat template, such as the embedded ones.
+        messages: {"role": "system" | "user" | "assistant", "content": text or [{"type": "text", "text": text}, …]}.
+        Raises RequestError for messages that are none or that the template refuses, and for a model without a chat
+        template, such as the embedded ones.
         """
         if self._chat is None:
             raise RequestError(
                 "This model has no chat template: it continues text and was never taught to answer. "
                 "Use generate, or choose an instruction-tuned model such as Qwen/Qwen3-0.6B."
             )
-        return self._encode(self._chat(messages), add_special_tokens=False)
+        return self.encode(self._chat(messages), add_special_tokens=False)
 
 
 class Detokenizer:
@@ -105,7 +119,7 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._token_bytes = tokenizer.token_bytes
+        self._token_bytes = partial(tokenizer.token_bytes, skip_special_tokens=skip_special_tokens)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_ids: Iterable[int]) -> str:
@@ -122,47 +136,80 @@ class Detokenizer:
 def load_tokenizer(name: str | Path = "tiny") -> Tokenizer | None:
     """The tokenizer of a model, by the names of `load_model`; None for "random:<shape>", which has no vocabulary.
 
-    Raises CheckpointError for a folder without a tokenizer or with one of another kind.
+    config.json is checked first: it says whether this is a model of ours, before anything else of the folder is read.
+    Raises CheckpointError for a folder without a tokenizer, with one of another kind, or with damaged files.
     """
-    if str(name).startswith("random:"):
+    if isinstance(name, str) and name.startswith("random:"):
         return None
     folder = checkpoint_folder(name)
-    return _load_embedded(folder) if folder.parent == EMBEDDED else _load_with_transformers(folder)
+    configured = os.path.lexists(folder / "config.json")
+    ends = read_config(folder).eos_token_ids if configured else generation_ends(folder)
+    if folder.parent == EMBEDDED:  # no chat template and no options, so no `transformers`, whose import takes seconds
+        return Tokenizer(Backend.from_file(str(folder / "tokenizer.json")), eos_token_ids=ends)
+    return _load_with_transformers(folder, ends)
 
 
-def _load_embedded(folder: Path) -> Tokenizer:
-    """Ours has no chat template and no options, so it needs no `transformers`, whose import takes seconds."""
-    backend = Backend.from_file(str(folder / "tokenizer.json"))
-    return Tokenizer(backend, eos_token_ids=_end_ids(folder, "config.json"))
-
-
-def _load_with_transformers(folder: Path) -> Tokenizer:
+def _load_with_transformers(folder: Path, ends: tuple[int, ...]) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(str(folder))
+    for path in (path for name in FILES for path in folder.glob(name)):
+        read_json(path) if path.suffix == ".json" else check_file(path, MAX_JSON)
+    if os.path.lexists(folder / "tokenizer.json"):
+        _check_tokenizer(folder / "tokenizer.json")
+    with _named_errors(
+        f"{folder} has no tokenizer that transformers can load. A model folder needs tokenizer.json and "
+        "tokenizer_config.json beside its weights"
+    ):
+        loaded: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        own, template = loaded.eos_token_id, loaded.chat_template
+        names = {name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
         backend = loaded.backend_tokenizer
-    except Exception as error:  # transformers raises whatever its many tokenizers raise
+    template = template.get("default") if isinstance(template, dict) else template
+    if not isinstance(template, str | None):
         raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}). "
-            "A model folder needs tokenizer.json and tokenizer_config.json beside its weights."
-        ) from error
-    own = [] if loaded.eos_token_id is None else [loaded.eos_token_id]
-    ends = own + _end_ids(folder, "generation_config.json")
-
-    def render(messages: Sequence[Message]) -> str:
-        return str(loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-
-    return Tokenizer(backend, eos_token_ids=ends, chat=render if loaded.chat_template else None)
+            f"{folder}: chat_template of tokenizer_config.json is {template!r:.80}, a text is needed."
+        )
+    chat = seams.offer("chat_template")
+    render = chat.ChatTemplate(template, names).render if chat and template else None
+    return Tokenizer(backend, eos_token_ids=ends if own is None else (own, *ends), chat=render)
 
 
-def _end_ids(folder: Path, file: str) -> list[int]:
-    """The ids that end a text by one of the folder's config files; chat models have several."""
-    path = folder / file
-    ends = json.loads(path.read_text(encoding="utf8")).get("eos_token_id") if path.exists() else None
-    if ends is None:
-        return []
-    return list(ends) if isinstance(ends, list) else [ends]
+@contextmanager
+def _named_errors(what: str) -> Iterator[None]:
+    """Turn whatever tokenizers raise into CheckpointError. Their library panics with a BaseException of its own, so all
+    is caught but what ends a program."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]}).") from error
+
+
+def _check_tokenizer(path: Path) -> None:
+    """Refuse in a tokenizer.json what the tokenizers library would answer by taking all memory or by ending Python."""
+    content = read_json(path, MAX_TOKENIZER)
+    model = content.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict | list) or len(vocab) > MAX_TOKENS:
+        given = f"{len(vocab)} entries" if isinstance(vocab, dict | list) else f"vocab={vocab!r:.80}"
+        raise CheckpointError(f"{path} has a model with {given}; a vocabulary of at most {MAX_TOKENS} is needed.")
+    if (growth := _growth(content.get("normalizer"), path)) > MAX_GROWTH:
+        raise CheckpointError(f"{path} has a normalizer that makes a text {growth:.0g} times as long. Check it.")
+
+
+def _growth(normalizer: Any, path: Path) -> float:
+    """How many times as long a normalizer may make a text, by its replacements."""
+    kind = normalizer.get("type") if isinstance(normalizer, dict) else None
+    if kind == "Precompiled":
+        raise CheckpointError(f"{path} has a Precompiled normalizer, which no model of the Llama family has. Check it.")
+    if kind == "Sequence":
+        return math.prod(_growth(one, path) for one in normalizer.get("normalizers") or ())
+    if kind != "Replace":
+        return 1
+    pattern = normalizer.get("pattern")
+    old = pattern.get("String") if isinstance(pattern, dict) else ""
+    return max(1, len(str(normalizer.get("content"))) / max(1, len(str(old or ""))))
 
 
 def _spelling(backend: Backend) -> Callable[[str], bytes]:
@@ -183,8 +230,9 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 
 def _byte_level_bytes(token: str) -> bytes:
+    """Letters of GPT-2's alphabet are bytes; a token with any other letter is text, as the library reads it."""
     letters = _byte_letters()
-    return bytes(letters[letter] for letter in token)
+    return bytes(letters[letter] for letter in token) if letters.keys() >= set(token) else token.encode()
 
 
 @lru_cache(maxsize=1)

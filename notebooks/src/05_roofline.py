@@ -27,6 +27,7 @@ from minillm.course.figures.regimes import ledger_growth, one_walk, regime_map
 from minillm.course.figures.roofline import roofline
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.lessons.regimes import Site
+from minillm.kernels.cpu.linear import pack
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.datasheets import DATASHEETS
@@ -98,7 +99,7 @@ layer = Linear(SIDE, SIDE)
 layer.weight = torch.nn.Parameter(
     torch.randn(SIDE, SIDE).to(torch.bfloat16), requires_grad=False
 )
-layer.pack()
+pack(layer)
 inputs = {rows: torch.randn(rows, SIDE).to(torch.bfloat16) for rows in ROWS}
 with torch.inference_mode():
     times = interleaved({str(n): lambda x=x: layer(x) for n, x in inputs.items()}, repeats=7)

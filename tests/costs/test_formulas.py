@@ -24,6 +24,7 @@ from minillm.costs.steps import (
     verify_step,
 )
 from minillm.model.decoder import Decoder
+from minillm.model.hf import model_config
 from minillm.model.shapes import named_shape
 from tests.families import FAMILIES
 
@@ -49,7 +50,7 @@ def random_step(rng: random.Random) -> Step:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_the_matrices(family: str) -> None:
     """Counted in the real decoder: all weights of its linear layers."""
-    config = ModelConfig.from_hf(FAMILIES[family])
+    config = model_config(FAMILIES[family])
     with torch.device("meta"):
         model = Decoder(config)
     counted = {name: m.weight.numel() for name, m in model.named_modules() if hasattr(m, "in_features")}
@@ -132,7 +133,7 @@ def test_the_causal_half_is_known() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_are_a_sum_over_tokens(family: str) -> None:
     """Brute force: every token multiplies the weights of its layer, and looks at every key that it sees."""
-    config = ModelConfig.from_hf(FAMILIES[family])
+    config = model_config(FAMILIES[family])
     rng = random.Random(seed := random.randrange(2**32))
     for _ in range(20):
         step = random_step(rng)
@@ -194,7 +195,7 @@ def test_recomputing_costs_what_the_cache_saves() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_are_weights_once_and_kv_per_sequence(family: str) -> None:
-    config = ModelConfig.from_hf(FAMILIES[family])
+    config = model_config(FAMILIES[family])
     rng = random.Random(seed := random.randrange(2**32))
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
     for _ in range(20):

@@ -22,13 +22,14 @@ from minillm.attention.paged import paged_attention, write_kv
 from minillm.attention.reference import naive_attention, visible
 from minillm.attention.tiled import merge, tiled_attention
 from minillm.cache.blocks import BlockPool
-from minillm.config import EngineConfig, ModelConfig
+from minillm.config import EngineConfig
 from minillm.costs import formulas
 from minillm.costs.steps import request_steps
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler
 from minillm.engine.verify import given_draft, num_accepted
 from minillm.generate import generate
+from minillm.model.hf import model_config
 from minillm.model.loader import load_model
 from minillm.outputs import RequestMetrics
 from minillm.quantization.formats import FORMATS, pack, unpack
@@ -145,7 +146,7 @@ def test_sampling(seed: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_closed_forms(family: str) -> None:
-    ex, config = solution("ex05"), ModelConfig.from_hf(FAMILIES[family])
+    ex, config = solution("ex05"), model_config(FAMILIES[family])
     if config.sliding_window is not None:
         pytest.skip("the exercise has no sliding window")
     shape = {

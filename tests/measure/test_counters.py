@@ -28,6 +28,7 @@ from minillm.engine.engine import Engine
 from minillm.generate import extend, prefill
 from minillm.kernels.sdpa import attention as fused
 from minillm.measure.counters import Counter
+from minillm.measure.hf_shape import hf_shape
 from minillm.measure.operators import flops_of
 from minillm.measure.stepper import StepRunner, weightless
 from minillm.model.decoder import Decoder
@@ -286,8 +287,8 @@ def test_transformers_models_count_too() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
     torch.manual_seed(0)
-    shape = whole("qwen3").config
-    hf = AutoConfig.for_model(**shape.to_hf("float32"))
+    shape = random_model("qwen3").config
+    hf = AutoConfig.for_model(**hf_shape(shape, "float32"))
     model = AutoModelForCausalLM.from_config(hf, attn_implementation="eager").eval()
     cache = DynamicCache()
     with torch.inference_mode():

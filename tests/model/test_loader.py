@@ -13,17 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minillm.config import ModelConfig
+from minillm.course.training.checkpoint import save_checkpoint
 from minillm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from minillm.kernels.cpu.linear import can_pack
 from minillm.model.decoder import Decoder
+from minillm.model.hf import model_config
+from minillm.model.linear import Linear
 from minillm.model.loader import (
+    EMBEDDED,
     RandomWeights,
     assemble,
     checkpoint_folder,
     choose_dtype,
     layout,
     load_model,
-    save_checkpoint,
 )
 from tests.families import FAMILIES, random_model
 
@@ -31,7 +34,7 @@ from tests.families import FAMILIES, random_model
 def unpacked(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
     """A decoder with dense weights, as in training."""
     torch.manual_seed(0)
-    model = Decoder(ModelConfig.from_hf(FAMILIES[family] | changes)).to(dtype)
+    model = Decoder(model_config(FAMILIES[family] | changes)).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.2)
     if model.layers[0].attention.qk_norm is not None:  # one row per query head and one per key head, all the same
@@ -110,7 +113,7 @@ def test_damaged_config(folder: Path, text: str) -> None:
 
 def test_incomplete_config(folder: Path) -> None:
     edit_config(folder, hidden_size=None)
-    with pytest.raises(CheckpointError, match=r"hidden_size=None; a positive integer is needed"):
+    with pytest.raises(CheckpointError, match=r"config\.json has hidden_size=None; needed: integer from 1"):
         load_model(folder)
 
 
@@ -128,6 +131,89 @@ def test_truncated_safetensors(folder: Path, keep: int) -> None:
         load_model(folder, progress=False)
 
 
+def shard(folder: Path, shards: int = 2) -> list[str]:
+    """Split the one file of a folder into several, with their index; returns the names of the tensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    names = sorted(tensors)
+    files = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    path.unlink()
+    return names
+
+
+def test_shards_load_as_one_file(folder: Path) -> None:
+    whole = load_model(folder, device="cpu", dtype="float32", kernels="reference", progress=False)
+    shard(folder)
+    again = load_model(folder, device="cpu", dtype="float32", kernels="reference", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_tensor_in_two_shards(folder: Path) -> None:
+    names = shard(folder)
+    one, two = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    save_file(load_file(one) | {names[1]: load_file(two)[names[1]]}, one)
+    with pytest.raises(CheckpointError, match=r"is in .*00002-of-00002.* and in a file before it"):
+        load_model(folder, progress=False)
+
+
+def test_a_tied_head_must_repeat_the_embedding(tmp_path: Path) -> None:
+    """Files of tied models may hold the head once more. transformers ties equal ones only, and so do we."""
+    save_checkpoint(unpacked("qwen3-tied"), tmp_path, dtype=torch.float32)
+    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load_model(tmp_path, progress=False)
+    edit_tensors(tmp_path, lambda t: t["lm_head.weight"][-1].add_(1))
+    with pytest.raises(CheckpointError, match=r"does not account for.*lm_head\.weight"):
+        load_model(tmp_path, progress=False)
+
+
+def test_rotary_tables_of_old_files_are_harmless(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load_model(folder, progress=False)
+    edit_tensors(folder, lambda t: t.update({"anything.inv_freq": torch.ones(4)}))
+    with pytest.raises(CheckpointError, match=r"anything\.inv_freq"):
+        load_model(folder, progress=False)
+
+
+def test_nothing_is_allocated_for_a_model_that_no_machine_holds(folder: Path) -> None:
+    """Too many layers, and more numbers than the file has: refused before a layer is made."""
+    edit_config(folder, num_hidden_layers=200_000)
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers=200000; needed: integer from 1 to 1024"):
+        load_model(folder, progress=False)
+    edit_config(folder, num_hidden_layers=1024, hidden_size=2**13, intermediate_size=2**15)
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight .* has shape \(131, 48\), config\.json"):
+        load_model(folder, progress=False)
+
+
+def test_a_path_is_never_an_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(unpacked("smollm2"), tmp_path / "tiny")
+    for name in ("./tiny", Path("tiny"), str(tmp_path / "tiny"), "tiny/"):
+        assert load_model(name, progress=False).config.architecture == "LlamaForCausalLM"
+    assert checkpoint_folder("tiny") == EMBEDDED / "tiny"
+
+
+def test_devices_and_dtypes_as_objects(folder: Path) -> None:
+    model = load_model(folder, device=torch.device("cpu"), dtype=torch.float32, progress=False)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+    for wrong in ({"device": torch.device("meta")}, {"dtype": torch.int8}, {"device": None}, {"dtype": 3}):
+        with pytest.raises(ConfigError, match="Unknown"):
+            load_model(folder, **wrong)
+
+
+def test_reference_kernels_leave_every_layer_to_pytorch(folder: Path) -> None:
+    def own_kernels(kernels: str) -> set[bool]:
+        model = load_model(folder, device="cpu", dtype="float32", kernels=kernels, progress=False)
+        return {module.kernel is not None for module in model.modules() if isinstance(module, Linear)}
+
+    assert own_kernels("reference") == {False}
+    assert own_kernels("auto") == {can_pack(torch.float32)}
+    with pytest.raises(ConfigError, match=r"kernels='fast' is unknown.*'auto', 'reference'"):
+        load_model(folder, kernels="fast")
+
+
 def test_wrong_shape(folder: Path) -> None:
     edit_config(folder, intermediate_size=96)
     with pytest.raises(CheckpointError, match=r"mlp\.\w+_proj.* has shape .* config\.json asks for"):
@@ -142,26 +228,27 @@ def test_missing_tensor(folder: Path) -> None:
 
 def test_surplus_tensor(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(1)}))
-    with pytest.raises(CheckpointError, match=r"1 tensors that its config does not account for.*q_proj\.bias"):
+    with pytest.raises(CheckpointError, match=r"1 tensors that its config\.json does not account for.*q_proj\.bias"):
         load_model(folder, progress=False)
 
 
 def test_quantised_tensor(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* is torch\.int8: quantised"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* is I8, not F64.*quantised"):
         load_model(folder, progress=False)
 
 
 def test_missing_shard(folder: Path) -> None:
-    names = load_file(folder / "model.safetensors").keys()
-    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    names = shard(folder)
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00003.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors is missing: a shard"):
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00003\.safetensors is missing"):
         load_model(folder, progress=False)
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, {"a": "../../etc/passwd"}, {"a": "/etc/passwd"}, {"a": 3}])
 def test_hostile_index_cannot_leave_the_folder(folder: Path, weight_map: object) -> None:
+    shard(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="names no file beside it"):
         load_model(folder, progress=False)
@@ -171,12 +258,13 @@ def test_hostile_index_cannot_leave_the_folder(folder: Path, weight_map: object)
     ("changes", "message"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel is not supported\. Supported: Llama"),
-        ({"architectures": None}, r"\(none given\) is not supported"),
+        ({"architectures": None, "model_type": None}, r"\(none given\) is not supported"),
+        ({"model_type": "qwen2"}, r"architectures=\['Qwen3ForCausalLM'\] and model_type='qwen2'"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
         ({"attention_bias": True}, r"attention_bias"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"rope type 'yarn'.*'default', 'llama3'"),
-        ({"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, r"layer types"),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]}, r"layers differ"),
     ],
 )
 def test_unsupported_models_are_refused_by_name(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -216,7 +304,7 @@ def test_hub_name_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layout_covers_every_parameter_of_the_decoder() -> None:
     for family in FAMILIES:
-        config = ModelConfig.from_hf(FAMILIES[family])
+        config = model_config(FAMILIES[family])
         names = {piece.ours for group in layout(config) for piece in group}
         expected = {name for name, _ in Decoder(config).named_parameters(remove_duplicate=False)}
         assert names == expected - ({"head.weight"} if config.tie_word_embeddings else set())
@@ -248,7 +336,7 @@ def test_peak_memory_of_loading_stays_near_the_weights(tmp_path: Path, folder: P
     """
     shape = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, vocab_size=32768, head_dim=64)
     heads = dict(num_attention_heads=16, num_key_value_heads=4)
-    config = ModelConfig.from_hf(FAMILIES[family] | shape | heads)
+    config = model_config(FAMILIES[family] | shape | heads)
     kind = getattr(torch, dtype)
     big = tmp_path / "big"
     model = Decoder(config).to(kind)
@@ -261,7 +349,7 @@ def test_peak_memory_of_loading_stays_near_the_weights(tmp_path: Path, folder: P
 
 
 def test_assemble_reads_nothing_twice() -> None:
-    config = ModelConfig.from_hf(FAMILIES["qwen3"])
+    config = model_config(FAMILIES["qwen3"])
     reads: list[str] = []
 
     class Counting(RandomWeights):

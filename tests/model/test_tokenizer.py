@@ -231,3 +231,136 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     letters = Backend(models.BPE({"a": 0}, []))
     with pytest.raises(CheckpointError, match="spell"):
         Tokenizer(letters)
+
+
+def edit_tokenizer(folder: Path, **changes: object) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_special_tokens_are_shown_to_who_asks() -> None:
+    ids = [*TOKENIZER.encode("a"), END_OF_TEXT_ID, *TOKENIZER.encode("b")]
+    assert TOKENIZER.decode(ids) == "ab"
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == BACKEND.decode(ids, skip_special_tokens=False)
+    shown = Detokenizer(TOKENIZER, skip_special_tokens=False)
+    assert shown.push(ids) + shown.flush() == f"a{END_OF_TEXT}b"
+    assert TOKENIZER.token_bytes(END_OF_TEXT_ID) == b""
+    assert TOKENIZER.token_bytes(END_OF_TEXT_ID, skip_special_tokens=False) == END_OF_TEXT.encode()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_stored_truncation_and_padding_are_switched_off(tmp_path: Path, seed: int) -> None:
+    """As in transformers, which decides both on each call; also if somebody switches them on for the same object."""
+    from transformers import AutoTokenizer
+
+    rng = random.Random(seed)
+    sides = ("Left", "Right")
+    truncation = dict(direction=rng.choice(sides), max_length=rng.randrange(1, 9), strategy="LongestFirst", stride=0)
+    length = rng.choice(({"Fixed": rng.choice((64, 10**8))}, "BatchLongest"))
+    padding = dict(strategy=length, direction=rng.choice(sides), pad_to_multiple_of=rng.choice((None, 8)))
+    padding |= dict(pad_id=0, pad_type_id=0, pad_token=END_OF_TEXT)
+    folder = write_model_folder(tmp_path, BACKEND)
+    edit_tokenizer(folder, truncation=truncation if seed != 1 else None, padding=padding if seed != 2 else None)
+    ours = load_tokenizer(folder)
+    assert ours is not None
+    assert ours.encode(CODE) == AutoTokenizer.from_pretrained(str(folder))(CODE)["input_ids"], f"seed {seed}"
+    ours._backend.enable_truncation(3)
+    ours._backend.enable_padding(length=100)
+    assert ours.encode(CODE) == BACKEND.encode(CODE).ids
+
+
+def test_a_panic_of_the_library_is_a_named_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its panic is no Exception. What ends a program passes."""
+
+    class Panic(BaseException):
+        pass
+
+    class Backends:
+        def __init__(self, error: type[BaseException]) -> None:
+            self.error = error
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(BACKEND, name)
+
+        def encode(self, *args: object, **kwargs: object) -> object:
+            raise self.error("called `Option::unwrap()` on a `None` value")
+
+    for error, seen in [(Panic, CheckpointError), (KeyboardInterrupt, KeyboardInterrupt), (SystemExit, SystemExit)]:
+        with pytest.raises(seen, match="unwrap"):
+            Tokenizer(Backends(error)).encode("a")  # type: ignore[arg-type]
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}
+HARMFUL: dict[str, tuple[dict[str, object], str]] = {
+    "grows": ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 7}}, "times as long"),
+    "grows within": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [REPLACE] * 2}]}},
+        "times as long",
+    ),
+    "charsmap": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "////" * 100}}, "Precompiled"),
+    "entries": (
+        {"model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(600_000)}, "merges": []}},
+        "600000 entries",
+    ),
+    "no model": ({"model": None}, "vocab=None"),
+    "added tokens": ({"added_tokens": 5}, "no tokenizer that transformers can load"),
+}
+
+
+@pytest.mark.parametrize("case", HARMFUL)
+def test_tokenizers_that_take_all_memory_are_refused(tmp_path: Path, case: str) -> None:
+    change, message = HARMFUL[case]
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(edit_tokenizer(write_model_folder(tmp_path, BACKEND), **change))
+
+
+def test_normalizers_of_published_models_are_read(tmp_path: Path) -> None:
+    """Llama 2 writes "▁" for a space, three bytes for one."""
+    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    folder = write_model_folder(tmp_path, sentencepiece())
+    tokenizer = load_tokenizer(edit_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": steps}))
+    assert tokenizer is not None and tokenizer.decode(tokenizer.encode("a b")) == " a b"
+
+
+def test_letters_of_no_alphabet_are_text() -> None:
+    """A byte-level vocabulary with one token that is spelled as text; the library reads it so."""
+    backend = Backend.from_str(BACKEND.to_str())
+    state = json.loads(backend.to_str())
+    state["model"]["vocab"]["日本"] = len(state["model"]["vocab"])
+    odd = Backend.from_str(json.dumps(state))
+    index = odd.token_to_id("日本")
+    assert Tokenizer(odd).decode([index]) == odd.decode([index]) == "日本"
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["directory", "device", "huge"])
+def test_tokenizer_files_are_regular_and_of_a_size(tmp_path: Path, file: str, kind: str) -> None:
+    path = write_model_folder(tmp_path, BACKEND) / file
+    path.unlink(missing_ok=True)
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b" " * (33 << 20))
+    with pytest.raises(CheckpointError, match=f"{file} (is no regular file|has \\d+ bytes)"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_architecture_is_checked_before_anything_of_the_folder_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """config.json is blamed for its own gap, though the tokenizer's files are fine; and no code is asked for."""
+    folder = write_model_folder(tmp_path, BACKEND)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    evil = {"architectures": ["FooForCausalLM"], "model_type": "foo", "auto_map": {"AutoConfig": "x.Y"}}
+    (folder / "x.py").write_text("print('ran')\nclass Y: pass\n")
+    for config, message in [
+        (evil, "FooForCausalLM is not supported"),
+        ({"model_type": "llama", "vocab_size": "a"}, "vocab_size"),
+    ]:
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message):
+            load_tokenizer(folder)
+    assert capsys.readouterr().out == ""

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from minillm import LLM, SamplingParams
+from minillm.course.training.checkpoint import save_checkpoint
 from minillm.errors import ConfigError
-from minillm.model.loader import save_checkpoint
 from minillm.model.tokenizer import Tokenizer
 from minillm.outputs import RequestOutput
 from minillm.speculative import SpecDecodingStats

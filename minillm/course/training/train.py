@@ -28,11 +28,11 @@ from minillm.config import ModelConfig
 from minillm.course.training.batches import TrainingData, batch, count_windows, prepare, windows
 from minillm.course.training.bpe import END_OF_TEXT_ID, save_tokenizer
 from minillm.course.training.card import Facts, machine_name, plot_losses, write_card
+from minillm.course.training.checkpoint import save_checkpoint
 from minillm.course.training.loss import compiled, mean_loss, row_loss
 from minillm.course.training.optimizer import make_optimizers, tie_head_norms
 from minillm.errors import ConfigError
 from minillm.model.decoder import Decoder
-from minillm.model.loader import save_checkpoint
 
 log = logging.getLogger(__name__)
 
