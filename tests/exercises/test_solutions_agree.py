@@ -29,7 +29,6 @@ from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler
 from minillm.engine.verify import given_draft, num_accepted
 from minillm.generate import generate
-from minillm.model.hf import model_config
 from minillm.model.loader import load_model
 from minillm.outputs import RequestMetrics
 from minillm.quantization.formats import FORMATS, pack, unpack
