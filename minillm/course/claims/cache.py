@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minillm.config import BLOCK_SIZE
 from minillm.costs.formulas import (
     Bytes,
     format_element_bytes,
@@ -199,7 +198,7 @@ def _crossing(bench: Workbench) -> float:
 def quantised_cache(bench: Workbench) -> dict[str, Finding]:
     config = bench.shape("llama-3.1-8b").config
     layer = weightless(replace(config, num_layers=1))
-    shrink = 2 / format_element_bytes("int8", head_dim=config.head_dim, block_size=BLOCK_SIZE)
+    shrink = 2 / format_element_bytes("int8", head_dim=config.head_dim)
 
     def gain(context: int) -> tuple[float, float, float]:
         step = decode_step(context)
