@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from minillm.engine.proposer import Proposer
 from torch import Tensor
 
 from minillm.config import EngineConfig

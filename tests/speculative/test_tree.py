@@ -8,7 +8,6 @@ from itertools import product
 
 import pytest
 import torch
-from minillm.engine.proposer import Draft
 from torch import Tensor
 
 from minillm.attention.reference import visible
