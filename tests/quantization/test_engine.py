@@ -75,7 +75,7 @@ def test_formats_share_no_blocks() -> None:
     """The format is part of a prefix's name, as the model is: the same tokens, other KV."""
     configs = (replace(random_workload(0, "mixed").config, kv_format=name) for name in ("auto", *FORMATS))
     engines = [Engine(tiny_model(), config) for config in configs]
-    assert len({engine.pool.open([1, 2, 3])[0].prefix for engine in engines}) == 1 + len(FORMATS)
+    assert len({engine.pool.open([1, 2, 3], [])[0].prefix for engine in engines}) == 1 + len(FORMATS)
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)

@@ -50,7 +50,10 @@ def replaying_engine(config: EngineConfig) -> Engine:
     engine = Engine(tiny_model(), config)
     cache = engine.runner.cache
     if isinstance(cache, QuantizedCache):
-        cache.prepare, cache.attention = lambda metadata, _: metadata, partial(attend_quantised, cache.config.group_size)
+        cache.prepare, cache.attention = (
+            lambda metadata, _: metadata,
+            partial(attend_quantised, cache.config.group_size),
+        )
     else:
         cache.backend = Backend(attend, write_kv)  # type: ignore[attr-defined]
     engine.runner.graphs = DecodeGraphs(engine.model, cache)
