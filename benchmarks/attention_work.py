@@ -65,7 +65,8 @@ class Prompt:
             table = range(n // BLOCK_SIZE)
             metadata = AttentionMetadata.build([table], [n], [n], block_size=BLOCK_SIZE, device=device)
             backend = paged_backend(name, device)
-            return partial(backend.attend, self.q, *pools, backend.prepare(metadata, pools[0]), scale=scale)
+            metadata = backend.prepare(metadata, pools[0], self.q.shape[1] // len(self.k))
+            return partial(backend.attend, self.q, *pools, metadata, scale=scale)
         return partial(self._sdpa, {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}.get(name))
 
     def _sdpa(self, backend: SDPBackend | None) -> Tensor:
@@ -140,7 +141,8 @@ class Decodes:
 
     def _paged(self, backend: Backend) -> Callable[..., Tensor]:
         """One layer through the block tables; what all layers share is prepared before the clock runs, as in a step."""
-        metadata, scale = backend.prepare(self.metadata, self.layers[0][2]), self.q.shape[2] ** -0.5
+        k_pool, scale = self.layers[0][2], self.q.shape[2] ** -0.5
+        metadata = backend.prepare(self.metadata, k_pool, self.q.shape[1] // len(k_pool))
 
         def attend(_k: Tensor, _v: Tensor, k_pool: Tensor, v_pool: Tensor) -> Tensor:
             return backend.attend(self.q, k_pool, v_pool, metadata, scale=scale)

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_work import COLD_BYTES, SHAPES, Call
+from attention_work import COLD_BYTES, SHAPES, Call, paged_backend
 from recording import record
 from torch import Tensor
 
 from minillm import seams
-from minillm.attention import AttentionMetadata, PagedAttention, get_backend
+from minillm.attention import AttentionMetadata, Backend, paged_attention
+from minillm.attention.reference import naive_attention
 from minillm.measure.bench import interleaved, pair_ratio, quartiles
 from minillm.quantization import attention as twin
 from minillm.quantization.formats import FORMATS, decode
@@ -52,7 +53,7 @@ class KvDecodes:
     name: str  # a candidate
     q: Tensor  # [batch, heads, d]
     layers: list[tuple[Parts, Parts]]
-    layout: AttentionMetadata
+    metadata: AttentionMetadata
 
     @classmethod
     def random(
@@ -69,8 +70,8 @@ class KvDecodes:
         num_layers = max(1, cold_bytes // sum(map(_nbytes, layer)))
         tables = torch.randperm(batch * count).view(batch, count).tolist()
         lengths = [1] * batch, [context] * batch
-        layout = AttentionMetadata.build(tables, *lengths, block_size=BLOCK_SIZE, device=device)
-        return cls(name, q, [layer, *(_stored(name, keys, values) for _ in range(num_layers - 1))], layout)
+        metadata = AttentionMetadata.build(tables, *lengths, block_size=BLOCK_SIZE, device=device)
+        return cls(name, q, [layer, *(_stored(name, keys, values) for _ in range(num_layers - 1))], metadata)
 
     @property
     def bytes(self) -> int:
@@ -79,28 +80,36 @@ class KvDecodes:
 
     def call(self, backend: str = "auto") -> Call:
         """All layers, one after the other; returns the output of the last. Plain pools by this backend."""
-        if self.name == PLAIN:
-            return partial(self._run, _plain(get_backend(backend, self.q.device)))
-        if self.name == DECODED_FIRST:
-            return partial(self._run, _decoded_first(get_backend(backend, self.q.device)))
+        keys = self.layers[0][0]
+        group = self.q.shape[1] // len(keys[0])
+        if self.name in (PLAIN, DECODED_FIRST):
+            plain, pool = paged_backend(backend, self.q.device), self._pool(keys)
+            return partial(self._run, partial(self._plain, plain), plain.prepare(self.metadata, pool, group))
         device = "cuda" if backend == "triton" else self.q.device.type
         reader: Any = seams.offer("quantized_attention", device) or twin
-        plan = reader.prepare(self.layout, self.q.shape[1] // len(self.layers[0][0][0]))
-        return partial(self._run, reader.quantized_attention, plan)
+        return partial(self._run, reader.quantized_attention, reader.prepare(self.metadata, group))
 
-    def _run(self, attention: Callable[..., Tensor], plan: Any = None) -> Tensor:
+    def _run(self, attention: Callable[..., Tensor], metadata: AttentionMetadata) -> Tensor:
         for keys, values in self.layers:
-            out = attention(self.q, keys, values, plan or self.layout, scale=self.q.shape[2] ** -0.5)
+            out = attention(self.q, keys, values, metadata, scale=self.q.shape[2] ** -0.5)
         return out
+
+    def _plain(self, backend: Backend, q: Tensor, keys: Parts, values: Parts, *rest: Any, scale: float) -> Tensor:
+        return backend.attend(q, self._pool(keys), self._pool(values), *rest, scale=scale)
+
+    def _pool(self, parts: Parts) -> Tensor:
+        """A pool as it is, or what formats must not be: every block decoded, whatever is read of it."""
+        return parts[0] if self.name == PLAIN else decode(*parts).to(self.q.dtype)
 
     def error(self, out: Tensor) -> float:
         """Largest difference from the twin in float32; of the unquantised pools from the twin of theirs."""
         keys, values = self.layers[-1]
         scale, q = self.q.shape[2] ** -0.5, self.q.float()
         if self.name == PLAIN:
-            exact = get_backend("naive", q.device)(q, keys[0].float(), values[0].float(), self.layout, scale=scale)
+            pools = keys[0].float(), values[0].float()
+            exact = paged_attention(q, *pools, self.metadata, scale=scale, kernel=naive_attention)
         else:
-            exact = twin.quantized_attention(q, keys, values, self.layout, scale=scale)
+            exact = twin.quantized_attention(q, keys, values, self.metadata, scale=scale)
         return (out.float() - exact).abs().max().item()
 
 
@@ -121,17 +130,6 @@ def _encoded(name: str, x: Tensor) -> Parts:
 
 def _nbytes(parts: Parts) -> int:
     return sum(part.nbytes for part in parts)
-
-
-def _plain(backend: PagedAttention) -> Callable[..., Tensor]:
-    return lambda q, keys, values, *rest, **options: backend(q, *keys, *values, *rest, **options)
-
-
-def _decoded_first(backend: PagedAttention) -> Callable[..., Tensor]:
-    """What formats must not be: every block decoded, whatever is read of it."""
-    return lambda q, *stored, **options: backend(
-        q, *(decode(*parts).to(q.dtype) for parts in stored[:2]), *stored[2:], **options
-    )
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:

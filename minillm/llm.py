@@ -8,7 +8,8 @@ for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class LLM:
         **settings: Any,
     ) -> None:
         config = EngineConfig.of(settings)
-        how = {"device": device, "dtype": dtype, "seed": config.seed, "kernels": config.kernels}
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "seed": config.seed, "kernels": config.kernels}
         decoder = load_model(model, **how)
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(decoder, config)
@@ -90,12 +91,13 @@ class LLM:
 
     def _deltas(self, wanted: list[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
         shown: Counter[tuple[str, int]] = Counter()  # characters by completion
-        for live in self._serve(wanted, []):
-            for output in live.output.outputs:
-                key = live.output.request_id, output.index
-                output.delta = output.text[shown[key] :]
-                shown[key] = len(output.text)
-            yield live.output
+        with closing(self._serve(wanted, [])) as changed:
+            for live in changed:
+                for output in live.output.outputs:
+                    key = live.output.request_id, output.index
+                    output.delta = output.text[shown[key] :]
+                    shown[key] = len(output.text)
+                yield live.output
 
     def _read(
         self, prompts: Any, params: SamplingParams | Iterable[SamplingParams] | None
@@ -103,10 +105,10 @@ class LLM:
         """All prompts in tokens, each with its parameters; nothing is queued yet."""
         return [self.processor.encode(*pair) for pair in read_prompts(prompts, params)]
 
-    def _serve(self, wanted: list[tuple[Prompt, SamplingParams]], lives: list[Live]) -> Iterator[Live]:
+    def _serve(self, wanted: list[tuple[Prompt, SamplingParams]], lives: list[Live]) -> Generator[Live, None, None]:
         """Queue all requests into `lives`, and yield each when it has changed, until all are finished.
 
-        Whatever ends the loop, nothing of it stays in the engine.
+        Whatever ends the loop, nothing of it stays in the engine; if letting go of one fails, the others go, too.
         """
         names, mailbox = [self.engine.new_id() for _ in wanted], list[Live]()
         try:
@@ -118,5 +120,6 @@ class LLM:
                     waiting -= live.output.finished
                     yield live
         finally:
-            for name in names:
-                self.processor.drop(name)
+            with ExitStack() as leaving:
+                for name in names:
+                    leaving.callback(self.processor.drop, name)

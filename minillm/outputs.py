@@ -39,7 +39,6 @@ class CompletionOutput:
     stop_reason: int | str | None = None  # the stop token or string that ended it; None for the model's own end token
     error: str | None = None  # why finish_reason is "error"
     delta: str = ""
-    error: str | None = None
 
     @property
     def finished(self) -> bool:

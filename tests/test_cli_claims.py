@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minillm.cli import console, main
+from minillm.cli import main, screen
 from minillm.course.training.checkpoint import save_checkpoint
 from minillm.measure import hardware, roofline
 from tests.measure.test_hardware import HARDWARE

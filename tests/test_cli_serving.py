@@ -5,11 +5,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minillm.attention import REFERENCE
+from minillm.cache.paged import PagedCache
+from minillm.cli.settings import HELP
+from minillm.config import EngineConfig
+from minillm.engine.engine import Engine
+from minillm.errors import ConfigError
+from minillm.model.decoder import Decoder
 from tests.test_cli import folder, run, surroundings  # noqa: F401
 
 COMMANDS = [["bench", name] for name in ("serve", "throughput", "stall", "prefix")]
@@ -96,13 +104,92 @@ def test_prefix(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "found" in check_width(capsys)
 
 
+@pytest.mark.parametrize("name", ["trace.json", "trace.jsonl"])
+def test_a_trace_of_every_step(name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load = ["--num-prompts", "3", "--input-len", "9", "--output-len", "4", "--trace", str(tmp_path / name)]
+    report = bench("serve", folder, tmp_path / "serve.json", *load)
+    text = (tmp_path / name).read_text()
+    if name == "trace.jsonl":
+        steps = len(text.splitlines())
+    else:
+        steps = sum(event["name"] == "schedule" for event in json.loads(text)["traceEvents"])
+    assert steps == report["num_steps"] > 3
+    assert f"Trace of {steps} of {steps} steps:" in capsys.readouterr().out
+
+
+# Engine settings
+
+
+SETTINGS: dict[str, tuple[list[str], object]] = {
+    "kernels": (["--kernels", "reference"], "reference"),
+    "kv_format": (["--kv-format", "int8"], "int8"),
+    "policy": (["--policy", "static"], "static"),
+    "max_num_seqs": (["--max-num-seqs", "3"], 3),
+    "max_num_batched_tokens": (["--max-num-batched-tokens", "17"], 17),
+    "enable_prefix_caching": (["--no-prefix-caching"], False),
+    "cache_bytes": (["--cache-gib", "0.25"], 2**28),
+}
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The settings that a benchmark was asked for, with the seed of its weights; it ends before it loads a model."""
+    asked: list[dict[str, Any]] = []
+
+    class Noting(EngineConfig):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            asked.append(asdict(self))
+            raise ConfigError("noted")
+
+    monkeypatch.setattr("minillm.cli.serving.EngineConfig", Noting)
+    return asked
+
+
+def test_without_options_the_fields_keep_their_defaults(configs: list[dict[str, Any]]) -> None:
+    for name in ("serve", "throughput"):
+        assert run("bench", name) == 2
+    assert configs == [asdict(EngineConfig())] * 2
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_an_option_sets_its_field_and_no_other(name: str, configs: list[dict[str, Any]]) -> None:
+    options, value = SETTINGS[name]
+    assert run("bench", "serve", *options, "--seed", "5") == 2
+    assert configs == [asdict(EngineConfig(seed=5)) | {name: value}]
+
+
+def test_reference_kernels_reach_the_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: list[str] = []
+    right = Engine.__init__
+
+    def noting(engine: Engine, model: Decoder, *rest: Any) -> None:
+        right(engine, model, *rest)
+        kernels.append(model.kernels)
+        assert isinstance(engine.runner.cache, PagedCache)
+        kernels.append("reference" if engine.runner.cache.backend is REFERENCE else "auto")
+
+    monkeypatch.setattr(Engine, "__init__", noting)
+    load = ["--num-prompts", "1", "--input-len", "9", "--output-len", "2"]
+    for choice in ("reference", "auto"):
+        assert run("bench", "serve", "--model", folder, *load, "--kernels", choice) == 0
+    assert kernels == ["reference", "reference", "auto", "auto"]
+
+
 WRONG = {
     "an unknown workload": (["serve", "--workload", "sonnet"], "workload='sonnet' is unknown"),
     "an unknown convention": (["serve", "--convention", "tgi"], "convention='tgi'"),
     "no rate": (["serve", "--request-rate", "0"], "request_rate=0"),
     "a limit without a number": (["serve", "--goodput", "ttft"], "Goodput limit 'ttft'"),
     "a percentile above 100": (["serve", "--num-prompts", "1", "--percentiles", "101"], "percentiles=[101]"),
-    "an unknown policy": (["serve", "--policy", "lifo"], "policy='lifo'"),
+    "an unknown policy": (["serve", "--policy", "lifo"], "policy='lifo' is not possible: it must be one of 'mixed'"),
+    "unknown kernels": (["throughput", "--kernels", "sdpa"], "kernels='sdpa' is not possible"),
+    "a setting that is none": (["serve", "--trace-steps", "3"], "--trace-steps"),
+    "no sequences": (["throughput", "--max-num-seqs", "0"], "max_num_seqs=0 is not possible"),
+    "an endless cache": (["serve", "--cache-gib", "inf"], "--cache-gib"),
+    "letters for a cache": (["serve", "--cache-gib", "much"], "--cache-gib"),
+    "a cache of nothing": (["serve", "--cache-gib", "0"], "cache_bytes=0 is not possible"),
+    "no folder for the trace": (["serve", "--trace", "/nowhere/x.json"], "/nowhere/x.json cannot be written"),
     "an unknown rival": (["throughput", "--against", "vllm"], "Choose transformers, or leave it out"),
     "requests that do not fit": (["throughput", "--input-len", "600", "--num-prompts", "1"], "512 positions"),
     "a budget for nobody": (["stall", "--budgets", "8", "--prompt", "32"], "used up by 8 decodes"),

@@ -34,7 +34,8 @@ def test_bench_spec(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines()[1:])) <= 80
     words = " ".join(text.split())
-    for said in ("speed-up formula served", "E / (γc + 1)", "Predicted batch from which checking costs", "Slower than"):
+    batch = "Predicted batch from which checking takes time"
+    for said in ("speed-up formula served", "E / (γc + 1)", batch, "Slower than"):
         assert said in words
 
 

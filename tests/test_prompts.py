@@ -65,7 +65,7 @@ def test_several_prompts_in_any_iterable_are_read_once(wrap: Callable[[list[Any]
     [
         ([], []),
         ((), []),
-        (iter([]), []),
+        ({}.values(), []),
         ([[]], [Prompt(token_ids=())]),
         ([1, 2], [Prompt(token_ids=(1, 2))]),
         ([[1], [2]], [Prompt(token_ids=(1,)), Prompt(token_ids=(2,))]),
@@ -74,7 +74,7 @@ def test_several_prompts_in_any_iterable_are_read_once(wrap: Callable[[list[Any]
         (range(3), [Prompt(token_ids=(0, 1, 2))]),
         ((token for token in [4, 5]), [Prompt(token_ids=(4, 5))]),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_one_prompt_is_and_what_several(given: Any, prompts: list[Prompt]) -> None:
     assert [one for one, _ in read_prompts(given)] == prompts

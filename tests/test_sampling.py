@@ -160,7 +160,7 @@ def test_random_streams_differ_by_sample_and_repeat_by_seed() -> None:
 
 
 def test_the_numbers_of_streams_are_uniform_and_independent() -> None:
-    """χ² over a 10 by 10 grid of neighbours: in position, in index, in seed. 99 degrees: 160 is exceeded once in 10⁴."""
+    """χ² over a 10 by 10 grid of neighbours in position, index and seed: 99 degrees exceed 160 once in 10⁴ runs."""
     for name, pair in {
         "position": lambda i: (SamplingParams(seed=0).random(0, i), SamplingParams(seed=0).random(0, i + 1)),
         "index": lambda i: (SamplingParams(seed=0).random(i, 0), SamplingParams(seed=0).random(i + 1, 0)),

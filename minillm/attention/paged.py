@@ -27,12 +27,12 @@ class Backend:
 
     attend(q, k_pool, v_pool, metadata, *, scale, sliding_window=None) -> like q `[num_tokens, heads, d]`
     write(k, v, k_pool, v_pool, metadata): k and v `[num_tokens, kv_heads, d]` into the pools
-    prepare(metadata, k_pool) -> metadata with what all layers share; by default nothing is added
+    prepare(metadata, k_pool, group) -> metadata with what all layers share; group: query heads per key/value head
     """
 
     attend: Callable[..., Tensor]
     write: Callable[..., None]
-    prepare: Callable[[AttentionMetadata, Tensor], AttentionMetadata] = lambda metadata, _: metadata
+    prepare: Callable[[AttentionMetadata, Tensor, int], AttentionMetadata] = lambda metadata, *_: metadata
 
 
 def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, metadata: AttentionMetadata) -> None:

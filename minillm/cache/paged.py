@@ -41,6 +41,10 @@ class BlockTensors:
         """What one token occupies in all layers."""
         return self.num_bytes // (self.num_blocks * self.block_size)
 
+    def attend(self, metadata: AttentionMetadata) -> Attend:
+        """The decoder's `attend` for one step whose requests lie as `metadata` says."""
+        raise NotImplementedError
+
     def copy(self, copies: Tensor) -> None:
         """Copy whole blocks, `[n, 2]` int64 (source, target), in all layers.
 
@@ -89,8 +93,7 @@ class PagedCache(BlockTensors):
         super().__init__(config, self.keys + self.values, num_blocks=num_blocks, block_size=block_size)
 
     def attend(self, metadata: AttentionMetadata) -> Attend:
-        """The decoder's `attend` for one step whose requests lie as `metadata` says."""
-        return partial(self._attend, self.backend.prepare(metadata, self.keys[0]))
+        return partial(self._attend, self.backend.prepare(metadata, self.keys[0], self.config.group_size))
 
     def _attend(self, metadata: AttentionMetadata, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 MAX_MEMORY = 256 << 20
 EXTRA_CHARACTERS, FACTOR = 1 << 18, 4  # a conversation of n characters may become so many plus n times so many
@@ -26,7 +26,7 @@ def environment() -> Any:
     class Generation(Extension):
         """`{% generation %}` marks what training learns; for rendering it is transparent."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

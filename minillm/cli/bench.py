@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -12,6 +12,8 @@ from rich.table import Table
 from minillm.cli.console import Device, Dtype, Model, Seed, Threads, number, quantity, use_threads
 from minillm.cli.report import Against, JsonFile, check_file, check_rival, lengths, spread, write_report
 from minillm.cli.screen import err, out, plain
+from minillm.cli.settings import engine_options
+from minillm.config import EngineConfig
 
 if TYPE_CHECKING:
     from minillm.measure.bench_latency import LatencyRow
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from minillm.model.decoder import Decoder
 
 
+@engine_options("kernels")
 def latency(
     model: Model = "tiny",
     against: Against = "",
@@ -30,6 +33,7 @@ def latency(
     threads: Threads = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
+    **settings: Any,
 ) -> None:
     """Time to first token and time per output token of one sequence, next to what the machine allows."""
     from minillm.measure.hardware import dtype_name
@@ -39,12 +43,14 @@ def latency(
     prompt_lengths, context_lengths = lengths("--prompts", prompts), lengths("--contexts", contexts)
     check_rival(against)
     check_file(json_file)
-    decoder = load_model(model, device=device, dtype=dtype, seed=seed)
+    kernels = EngineConfig(**settings).kernels
+    decoder = load_model(model, device=device, dtype=dtype, seed=seed, kernels=kernels)
     rows, hardware = _measure(decoder, against, prompt_lengths, context_lengths, repeats=repeats, seed=seed)
     dtype = dtype_name(decoder.dtype)
     _print(rows, f"{model}, {dtype}, threads: {hardware.machine.threads}, {hardware.machine.name}", repeats)
     if json_file is not None:
         setting = {"model_id": model, "against": against, "repeats": repeats, "seed": seed, "dtype": dtype}
+        setting |= {"kernels": kernels}
         write_report(json_file, "latency", setting, hardware, {"rows": [row.to_json() for row in rows]})
 
 

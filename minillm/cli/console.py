@@ -17,7 +17,6 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float32 or float16.")]
-KvFormat = Annotated[str, typer.Option(help="KV cache: auto (the model's dtype), fp8, int8 or int4.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; by default what PyTorch takes.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same result.")]
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minillm.course.lab.results import Result
 
 FAILED = 1
+ROOMY = 60  # columns
 lab = Commands(help="Exercises: write a part of the engine, test it, get hints.", no_args_is_help=True)
 
 Name = Annotated[str | None, typer.Argument(help="An exercise, such as ex03; by default the next one.", metavar="[ID]")]
@@ -38,7 +39,7 @@ def list_exercises(as_json: AsJson = False) -> None:
         rows = [{"id": e.id, "title": e.title, **vars(progress.of(e))} for e in course.exercises.values()]
         out.data(rows)
         return
-    out.print(course_view(course, progress))
+    out.print(course_view(course, progress, narrow=out.width < ROOMY))
     following = next_exercise(course, progress)
     out.print(f"Next: minillm lab test {following.id}" if following else "All done: minillm lab status")
 

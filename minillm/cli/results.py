@@ -47,19 +47,19 @@ def failure_view(check: CheckResult) -> Group:
     return Group(*parts)
 
 
-def course_view(course: Course, progress: Progress) -> Table:
-    """All exercises, with how far the learner is in each."""
+def course_view(course: Course, progress: Progress, *, narrow: bool = False) -> Table:
+    """All exercises with their standing; where it is narrow, without difficulty and minutes."""
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("", "exercise", "", "min", "points", ""):
+    headings = ("", "exercise", "points", "") if narrow else ("", "exercise", "", "min", "points", "")
+    for heading in headings:
         table.add_column(heading, justify="right" if heading in ("min", "points") else "left")
     for exercise in course.exercises.values():
         standing = progress.of(exercise)
         sign, style = SIGNS.get(standing.sign, ("·", "dim" if standing.sign == "to do" else "yellow"))
         dots = DOTS[5 - exercise.difficulty : 10 - exercise.difficulty]
+        effort = () if narrow else (dots, str(exercise.minutes))
         points = f"{standing.points}/{exercise.points}"
-        table.add_row(
-            plain(sign, style), f"{exercise.id} {exercise.title}", dots, str(exercise.minutes), points, standing.sign
-        )
+        table.add_row(plain(sign, style), f"{exercise.id} {exercise.title}", *effort, points, standing.sign)
     return table
 
 

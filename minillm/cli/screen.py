@@ -62,12 +62,12 @@ class Screen(Console):
             yield segment if segment.control else Segment(segment.text.translate(signs), segment.style)
 
     def _needed(self, table: Table, options: ConsoleOptions) -> int:
-        """Columns below which numbers would lose digits. A terminal that is narrower wraps such lines itself."""
+        """Columns below which words and numbers would be cut. A terminal that is narrower wraps such lines itself."""
         wide = options.update(width=ANY_WIDTH)
         for column in table.columns:
-            if column.no_wrap:
-                cells = (column.header, *column.cells)
-                column.min_width = max(Measurement.get(self, wide, cell).maximum for cell in cells)
+            if column.overflow != "fold":
+                sizes = [Measurement.get(self, wide, cell) for cell in (column.header, *column.cells)]
+                column.min_width = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
         return Measurement.get(self, wide, table).minimum
 
     def print(self, *objects: Any, **settings: Any) -> None:

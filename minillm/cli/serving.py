@@ -12,11 +12,10 @@ import typer
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
 from minillm.cli.console import Device, Dtype, Model, Seed, Threads, facts, number
 from minillm.cli.report import Against, JsonFile, Subject, check_file, check_rival, lengths, spread
-from minillm.cli.screen import err, out, words
+from minillm.cli.screen import err, out, plain, words
 from minillm.cli.settings import engine_options
 from minillm.config import EngineConfig
 
@@ -101,7 +100,7 @@ def serve(
         write = write_jsonl if trace.suffix == ".jsonl" else write_chrome
         write(engine.trace, trace)
         out.print(
-            f"Trace of {len(engine.trace)} of {len(run.steps)} steps:", Text(str(trace.resolve())), soft_wrap=True
+            f"Trace of {len(engine.trace)} of {len(run.steps)} steps:", plain(str(trace.resolve())), soft_wrap=True
         )
 
 

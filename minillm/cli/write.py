@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillm.cli.console import Device, Dtype, KvFormat, Model, Seed, Threads, facts, quantity, use_threads
+from minillm.cli.console import Device, Dtype, Model, Seed, Threads, facts, quantity, use_threads
 from minillm.cli.screen import PICTURES, check_destination, err, out, plain
+from minillm.cli.settings import engine_options
 from minillm.errors import MinillmError, RequestError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ WAY_ON = "This question was not kept. /forget drops the oldest question and its 
 PROMPT_STYLE, TOKEN_STYLE = "bold #3f90da", "#ffa90e"  # prefill is blue and decode amber, here as in every figure
 
 
+@engine_options("kv_format", "kernels")
 def demo(
     prompt: Annotated[str, typer.Option(help="What to continue.")] = DEMO_PROMPT,
     max_tokens: MaxTokens = 64,
@@ -41,10 +43,10 @@ def demo(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    kv_format: KvFormat = "auto",
     threads: Threads = None,
     use: Use = None,
     picture: Annotated[Path, typer.Option(help="Where to save the timeline.")] = Path("minillm-demo.png"),
+    **settings: Any,
 ) -> None:
     """Watch a model write, and see how long each of the two phases took."""
     from minillm.course.figures.timeline import request_timeline
@@ -53,7 +55,7 @@ def demo(
     picture = check_destination(picture, endings=PICTURES)
     use_threads(threads)
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    llm = _load(use, model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
+    llm = _load(use, model, device=device, dtype=dtype, seed=seed, **settings)
     _warm_up(llm, prompt)
     _show(prompt, PROMPT_STYLE)
     texts, request = _stream(llm, prompt, params)
@@ -64,6 +66,7 @@ def demo(
     out.print("Timeline:", plain(str(picture.resolve())), soft_wrap=True)
 
 
+@engine_options("kv_format", "kernels")
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
     max_tokens: MaxTokens = 128,
@@ -74,20 +77,21 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    kv_format: KvFormat = "auto",
     threads: Threads = None,
     use: Use = None,
+    **settings: Any,
 ) -> None:
     """Continue a prompt. The text goes to stdout, its timing to stderr."""
     from minillm.sampling import SamplingParams
 
     use_threads(threads)
     params = SamplingParams(temperature=temperature, top_p=top_p, stop=stop or None, max_tokens=max_tokens, seed=seed)
-    llm = _load(use, model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
+    llm = _load(use, model, device=device, dtype=dtype, seed=seed, **settings)
     _, request = _stream(llm, prompt, params)
     err.print(_timing(request), style="dim")
 
 
+@engine_options("kv_format", "kernels")
 def chat(
     model: Annotated[str, typer.Option(help="A model with a chat template: a folder or a hub name.")],
     system: Annotated[str, typer.Option(help="Instructions that come before the conversation.")] = "",
@@ -97,8 +101,8 @@ def chat(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    kv_format: KvFormat = "auto",
     threads: Threads = None,
+    **settings: Any,
 ) -> None:
     """Talk with a model that was taught to answer. /new begins anew, /forget drops the oldest question and its answer.
 
@@ -117,7 +121,7 @@ def chat(
     params = SamplingParams(
         temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop_token_ids=tokenizer.eos_token_ids
     )
-    llm = LLM(model, device=device, dtype=dtype, kv_format=kv_format, seed=seed)
+    llm = LLM(model, device=device, dtype=dtype, seed=seed, **settings)
     first = len(messages)  # of the dialogue; the instructions stay
     while question := _ask():
         if question in FORGETTING:

@@ -40,7 +40,8 @@ from minillm.model.decoder import Decoder
 from minillm.outputs import FinishReason
 from minillm.sampling import SamplingParams
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 OWN = "#"  # what the ids begin with that the engine makes
 NO_DISTRIBUTION = "The model's logits or the sampling parameters left no distribution to draw from (NaN)."
 
@@ -261,16 +262,26 @@ class Engine:
 
         A completion that has ended already is left as it is.
         """
-        for request in [r for r in self.requests.get(request_id, []) if r.index == index and not r.finished]:
-            request.finish_reason, request.stop_reason = reason, stop_reason
-            self.scheduler.finish(request)
-            self._forget(request)
+        chosen = [r for r in self.requests.get(request_id, []) if r.index == index and not r.finished]
+        self._end(chosen, reason, stop_reason)
 
     @exclusive
     def abort(self, request_id: str) -> None:
         """End all completions of a request, at any moment, and free what they hold. Unknown or ended: nothing to do."""
-        for request in list(self.requests.get(request_id, [])):
-            self.finish(request_id, request.index, "abort")
+        self._end(list(self.requests.get(request_id, [])), "abort")
+
+    def _end(self, requests: list[Request], reason: FinishReason, stop_reason: str | None = None) -> None:
+        """Let go of completions. The registry first: should the scheduler fail, all is made anew without them.
+
+        One may have ended already, in a step that failed before it could tell.
+        """
+        ended = [request for request in requests if not request.finished]
+        for request in requests:
+            self._forget(request)
+        for request in ended:
+            request.finish_reason, request.stop_reason = reason, stop_reason
+        for request in ended:
+            self.scheduler.finish(request)
 
     def _forget(self, request: Request) -> None:
         """Take a request that has ended out of the registry."""

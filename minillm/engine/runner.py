@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from minillm.attention import choose_backend
@@ -39,7 +41,7 @@ def open_cache(model: Decoder, config: EngineConfig) -> BlockTensors:
 
     Raises `ConfigError` for a format that nobody offers.
     """
-    where = {"device": model.device, "dtype": model.dtype}
+    where: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     if config.kv_format == "auto":
         per_block = block_bytes(model.config, config.block_size, model.dtype)
         num_blocks = choose_num_blocks(model.config, config, model.device, per_block)

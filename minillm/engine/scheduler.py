@@ -299,6 +299,8 @@ class Scheduler:
         for request in self.running:
             held = len(request.table.blocks) * self.pool.block_size
             ensure(request.num_computed <= held, f"{request.order} has blocks for what it has computed")
+            named = request.table.num_hashed * self.pool.block_size
+            ensure(named <= request.num_computed, f"{request.order} names only blocks that it has computed")
         if self._in_flight is not None:
             self._check_plan(self._in_flight)
         else:

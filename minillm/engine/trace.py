@@ -114,10 +114,10 @@ class Trace(deque[StepRecord]):
         self._num_bytes = 0
 
     def append(self, record: StepRecord) -> None:
-        """Add a record, and drop the oldest ones that there is no room for any more."""
+        """Add a record, and drop the oldest ones that there is no room for any more; the latest always stays."""
         super().append(record)
         self._num_bytes += record.num_bytes
-        while self and self._num_bytes > self.max_bytes:
+        while len(self) > 1 and self._num_bytes > self.max_bytes:
             self._num_bytes -= self.popleft().num_bytes
 
     def clear(self) -> None:

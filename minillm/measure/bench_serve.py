@@ -166,10 +166,10 @@ def serve(
 ) -> ServeRun:
     """Serve a load to its end. `due`: seconds after the start at which each request comes; None is all at once.
 
-    max_concurrency: how many are in the engine at most. The next one starts when its time has come *and* another has
-    ended (a closed loop, if all are due at once). A request that the engine refuses is noted as failed. Loads of
-    different `cache_salt` share no KV: repeat a load under another one, or the prefix cache serves it. `progress` is
-    called after each step with the number of requests that are finished.
+    max_concurrency: how many are in the engine at most. The next one starts when it is due *and* another has ended (a
+    closed loop, if all are due at once). A request that the engine refuses is noted as failed. Loads with different
+    `cache_salt` share no KV: repeat a load with another one, or the prefix cache answers it. `progress` is called after
+    each step with the number of requests that are finished.
     Raises `ConfigError` if the two lists differ in length, `max_concurrency` is below 1, or the engine's trace does not
     hold one step.
     """
@@ -192,7 +192,7 @@ def serve(
 def warm_up(engine: Engine, requests: Sequence[SampleRequest], count: int = 2) -> None:
     """Serve short beginnings of the first requests, because first calls compile, capture and allocate.
 
-    Their KV stays behind, in blocks that no later request matches: a `cache_salt` keeps them apart.
+    No later request can reuse their KV: they have a `cache_salt` of their own.
     """
     for request in requests[:count]:
         engine.add(request.prompt[:64], SampleRequest([], min(8, request.max_tokens)).params, cache_salt="warm-up")

@@ -125,7 +125,7 @@ def bench_spec(
     """Serve the prompts, `batch` at once, without guesses and with each number of them, in turns; one row per number.
 
     The prompts' KV is in the prefix cache after the first round, which does not count: what is timed is decoding.
-    Raises `ConfigError` if nobody guesses for the engine, for a number below 1, or if its trace does not hold a round.
+    Raises `ConfigError` if the engine has no proposer, for a number below 1, or if its trace does not hold a round.
     """
     if engine.proposer is None or batch < 1 or not num_drafts or min(num_drafts) < 1:
         raise ConfigError(

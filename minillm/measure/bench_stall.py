@@ -165,7 +165,7 @@ def arrive(
 ) -> Arrival:
     """Start the running requests, decode a few tokens, add the newcomer, and decode a few tokens more.
 
-    The newcomer comes between two steps. `cache_salt`: choose another each time, or its prompt is in the prefix cache.
+    The newcomer arrives between two steps. `cache_salt`: choose another each time, or the prefix cache has its prompt.
     """
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     tokens: dict[str, list[float]] = defaultdict(list)  # times by request

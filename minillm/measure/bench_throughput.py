@@ -37,7 +37,7 @@ class Server(Protocol):
 
 
 class MinillmServer:
-    """This project's engine. Each run has a `cache_salt` of its own, so that none is served from the KV of another."""
+    """This project's engine. Each run has a `cache_salt` of its own, so that no run reuses the KV of another."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

@@ -17,7 +17,7 @@ import hashlib
 import importlib.util
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def held_out_texts(max_bytes: int | None = None) -> list[str]:
     For perplexity and acceptance rates, offline. Ordered by hash, so that the first `max_bytes` (in whole files)
     are as mixed as the rest. Between Python versions the files differ a little, so compare numbers on one version.
     """
-    documents = sorted((d for d in _stdlib() if is_held_out(d.name)), key=lambda document: _digest(document.name))
+    documents = sorted(_stdlib(is_held_out), key=lambda document: _digest(document.name))
     limit = sum(len(d.text.encode()) for d in documents) if max_bytes is None else max_bytes
     return [document.text for document in _first_bytes(documents, limit)]
 
@@ -98,8 +98,8 @@ def without_licence(text: str) -> str:
     return text[header.end() :] if LICENCE.search(header.group()) else text
 
 
-def _stdlib() -> list[Document]:
-    return list(_documents(STDLIB, Path(sysconfig.get_paths()["stdlib"])))
+def _stdlib(wanted: Callable[[str], bool] = lambda name: True) -> list[Document]:
+    return list(_documents(STDLIB, Path(sysconfig.get_paths()["stdlib"]), wanted))
 
 
 def _package(package: str) -> list[Document]:
@@ -110,14 +110,16 @@ def _package(package: str) -> list[Document]:
     return sorted(documents, key=lambda document: _digest(document.name))
 
 
-def _documents(source: str, root: Path) -> Iterator[Document]:
+def _documents(source: str, root: Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Document]:
+    """The readable files below a folder whose names are `wanted`; others are not opened."""
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if not SKIPPED_FOLDERS.isdisjoint(relative.parts) or path.name.startswith(("test_", "pydoc_data")):
             continue
-        text = _read(path)
+        name = f"{source}/{relative.as_posix()}"
+        text = _read(path) if wanted(name) else None
         if text is not None and is_readable_code(text):
-            yield Document(f"{source}/{relative.as_posix()}", without_licence(text))
+            yield Document(name, without_licence(text))
 
 
 def _read(path: Path) -> str | None:

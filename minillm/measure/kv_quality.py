@@ -127,9 +127,7 @@ class Fidelity(NamedTuple):
     """How a model that reads through a format compares with itself."""
 
     perplexity: float
-    divergence: (
-        float  # of its distributions from the unquantised ones: Kullback and Leibler, nats per token
-    )
+    divergence: float  # of its distributions from the unquantised ones: Kullback and Leibler, nats per token
 
 
 @torch.inference_mode()

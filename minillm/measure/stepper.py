@@ -8,23 +8,27 @@ with Counter(model, kv=run.cache) as counted:
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, Backend
+from minillm.attention import AttentionMetadata, Backend, paged_attention, write_kv
 from minillm.config import EngineConfig, ModelConfig
 from minillm.costs.steps import Step, num_tokens
 from minillm.engine.runner import open_cache
+from minillm.kernels import sdpa
 from minillm.model.decoder import Decoder, RMSNorm
+
+FUSED = Backend(partial(paged_attention, kernel=sdpa.attention), write_kv)  # one operator, however long the context
 
 
 class StepRunner:
     """One step of random tokens over a cache that is as full as the step wants; calling it again repeats it.
 
     The cache holds zeros where earlier steps would have written: right for FLOPs, bytes and time, not for text.
-    Requests share nothing. `backend` is how attention reads and writes the blocks, by default the engine's choice;
-    `kv_format` is how keys and values are stored.
+    Requests share nothing. `backend` is how attention reads and writes the blocks, by default the engine's choice, and
+    PyTorch's fused attention for a model without memory; `kv_format` is how keys and values are stored.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class StepRunner:
         widths = [-(-kv_len // config.block_size) for _, kv_len in step]
         starts = [1 + sum(widths[:i]) for i in range(len(step))]  # block 0 is the dummy block
         self.cache = open_cache(model, replace(config, num_blocks=1 + sum(widths)))
+        if backend is None and model.device.type == "meta" and kv_format == "auto":
+            backend = FUSED
         if backend is not None:
             setattr(self.cache, "backend", backend)  # noqa: B010 (quantised caches have one of their own)
         self.metadata = AttentionMetadata.build(

@@ -23,8 +23,8 @@ from minillm.errors import CheckpointError, UnsupportedModelError
 FIELDS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("fields.json").read_text(encoding="utf8"))
 KINDS: dict[str, Any] = {"integer": int, "number": (int, float), "switch": bool, "list": list, "object": dict}
 FAMILIES = {name: f"{name.title()}ForCausalLM" for name in ("llama", "mistral", "qwen2", "qwen3")}
+SAME = tuple(field.name for field in fields(ModelConfig) if field.name in FIELDS and "default" in FIELDS[field.name])
 MAX_JSON = 16 << 20  # bytes of a config or an index; the largest published ones have less than one MiB
-MAX_PARAMETERS = 2**41  # five times the largest published model
 MAX_TOKEN = 2**31
 
 
@@ -74,28 +74,20 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     given = {name: _value(hf, name, family) for name, row in FIELDS.items() if name in hf or "default" in row}
     heads, hidden = given["num_attention_heads"], given["hidden_size"]
     theta, scaling = _rope(given, family)
-    config = ModelConfig(
+    derived = dict(
         architecture=FAMILIES[family],
-        vocab_size=given["vocab_size"],
-        hidden_size=hidden,
-        intermediate_size=given["intermediate_size"],
         num_layers=given["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=given["num_key_value_heads"] or heads,
         head_dim=given["head_dim"] or _value({"head_dim": hidden // heads}, "head_dim", family),
-        max_position_embeddings=given["max_position_embeddings"],
-        rms_norm_eps=given["rms_norm_eps"],
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=given["tie_word_embeddings"],
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         sliding_window=_sliding_window(given, family),
-        initializer_range=given["initializer_range"],
         eos_token_ids=_token_ids(hf, "config.json"),
     )
-    _check_size(config)
-    return config
+    return ModelConfig(**{name: given[name] for name in SAME} | derived)
 
 
 def _family(hf: Mapping[str, Any]) -> str:
@@ -190,14 +182,3 @@ def _token_ids(hf: Mapping[str, Any], where: str) -> tuple[int, ...]:
     if any(isinstance(i, bool) or not isinstance(i, int) or not -1 <= i < MAX_TOKEN for i in ids):
         raise CheckpointError(f"{where} has eos_token_id={value!r:.80}; a token id or a list of them is needed.")
     return tuple(ids)
-
-
-def _check_size(config: ModelConfig) -> None:
-    """Refuse a model that no machine holds, before a list of its layers is made."""
-    width = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 3 * config.intermediate_size
-    total = config.hidden_size * (config.num_layers * width + 2 * config.vocab_size)
-    if total > MAX_PARAMETERS:
-        raise CheckpointError(
-            f"config.json describes a model of about {total:.1e} parameters, at most {MAX_PARAMETERS:.1e} are loaded. "
-            "Check hidden_size, intermediate_size, vocab_size, num_hidden_layers and the heads."
-        )

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -111,14 +111,6 @@ class Source(Protocol):
         ...
 
 
-class Stored(NamedTuple):
-    """One tensor of a checkpoint, by the header of its file."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class Checkpoint:
     """The safetensors files of a folder, one or sharded, which hold exactly what a config asks for.
 
@@ -127,13 +119,13 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, config: ModelConfig) -> None:
-        self.stored: dict[str, Stored] = {}
+        self.stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}  # file, shape, dtype
         for path in _weight_files(folder):
             with _open_file(path) as file:
-                for name in file.keys():  # noqa: SIM118 - no dictionary
-                    self._add(
-                        name, Stored(path, tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype())
-                    )
+                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+                if twice := sorted(headers.keys() & self.stored.keys()):
+                    raise CheckpointError(f"{twice[0]} is in {path} and in a file before it. Download both again.")
+                self.stored |= {n: (path, tuple(h.get_shape()), h.get_dtype()) for n, h in headers.items()}
         wanted = {n: s for group in layout(config) for p in group for n, s in zip(p.sources, p.shapes, strict=True)}
         for name, shape in wanted.items():
             self._check(name, shape, folder)
@@ -145,11 +137,6 @@ class Checkpoint:
                 f"{folder} has {len(surplus)} tensors that its config.json does not account for, such as "
                 f"{min(surplus)!r:.80}. Does config.json belong to these weights?"
             )
-
-    def _add(self, name: str, stored: Stored) -> None:
-        if name in self.stored:
-            raise CheckpointError(f"{name} is in {self.stored[name].file} and in {stored.file}. Download them again.")
-        self.stored[name] = stored
 
     def _check(self, name: str, shape: tuple[int, ...], folder: Path) -> None:
         if name not in self.stored:
@@ -167,17 +154,17 @@ class Checkpoint:
 
     def _equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same numbers; a few rows at a time."""
-        with _open_file(self.stored[one].file) as first, _open_file(self.stored[other].file) as second:
-            pair, rows = (first.get_slice(one), second.get_slice(other)), self.stored[other].shape[0]
-            return self.stored[one].shape == self.stored[other].shape and all(
-                torch.equal(*(table[row : row + 1024].double() for table in pair)) for row in range(0, rows, 1024)
-            )
+        (file, shape, _), (other_file, other_shape, _) = self.stored[one], self.stored[other]
+        with _open_file(file) as first, _open_file(other_file) as second:
+            pair = first.get_slice(one), second.get_slice(other)
+            blocks = ([table[row : row + 1024].double() for table in pair] for row in range(0, shape[0], 1024))
+            return shape == other_shape and all(torch.equal(*block) for block in blocks)
 
     @contextmanager
     def open(self) -> Iterator[Read]:
         with ExitStack() as stack:
             files = functools.cache(lambda path: stack.enter_context(_open_file(path)))
-            yield lambda name, shape: files(self.stored[name].file).get_tensor(name)
+            yield lambda name, shape: files(self.stored[name][0]).get_tensor(name)
 
 
 @dataclass(frozen=True)
@@ -207,7 +194,6 @@ def load_model(
     kernels: str = "auto",
     seed: int = 0,
     progress: bool = True,
-    kernels: str = "auto",
 ) -> Decoder:
     """Load a model for inference.
 

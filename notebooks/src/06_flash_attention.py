@@ -15,6 +15,7 @@ and finds out what that saves and what it does not.
 from functools import partial
 
 import torch
+from minillm.kernels.cpu.sdpa import sdpa_attention
 
 from minillm import load_model, load_tokenizer
 from minillm.attention.reference import naive_attention
@@ -24,7 +25,6 @@ from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, prefill_curve
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.figures.tiles import TileCost, softmax_strip, tile_cost, tile_order
-from minillm.kernels import sdpa
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.hardware import describe_machine

@@ -258,7 +258,7 @@ for q_len, kv_len in [(80, 80), (40, 112), (1, 96)]:
     metadata = AttentionMetadata.build(
         [range(kv_len // BLOCK)], [q_len], [kv_len], block_size=BLOCK, device=device
     )
-    ours = BACKEND.attend(q, *pools, BACKEND.prepare(metadata, pools[0]), scale=32**-0.5)
+    ours = BACKEND.attend(q, *pools, BACKEND.prepare(metadata, pools[0], 2), scale=32**-0.5)
     exact = naive_attention(q, *pools.flatten(2, 3), scale=32**-0.5)
     error = (ours - exact).abs().max()
     print(f"{q_len:2} queries, {kv_len:3} keys: largest difference {error:.1e}")
@@ -442,7 +442,7 @@ if HAS_GPU:
         metadata = AttentionMetadata.build(
             [range(count)], [1], [context], block_size=BLOCK, device=device
         )
-        prepared = BACKEND.prepare(metadata, pools[0])
+        prepared = BACKEND.prepare(metadata, pools[0], 4)
         run = {"triton": partial(BACKEND.attend, q, *pools, prepared, scale=0.1)}
         seconds = interleaved(run, repeats=20, sync=torch.cuda.synchronize)["triton"].median
         rate = quantity(pools.nbytes / seconds, "B/s")

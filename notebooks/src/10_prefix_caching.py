@@ -201,7 +201,7 @@ for _ in range(200):
     tokens = [rng.randrange(2) for _ in range(rng.randint(1, 24))]
     names = names_of([*map(str, tokens)], size=4)
     hits = next((i for i, name in enumerate(names) if name not in known), len(names))
-    table, num_cached = pool.open(tokens)
+    table, num_cached = pool.open(tokens, pool.lookup(tokens))
     agreed += num_cached == min(4 * hits, len(tokens) - 1)
     pool.prepare(table, num_cached, len(tokens))
     pool.commit(table, tokens, len(tokens))

@@ -146,7 +146,9 @@ ways = {
 for whose, (stored, bits) in ways.items():
     errors = []
     for one in samples:
-        out, exact = (naive_attention(one.q[-64:], k, one.v, scale=1 / 8) for k in (stored(one.k), one.k))
+        out, exact = (
+            naive_attention(one.q[-64:], k, one.v, scale=1 / 8) for k in (stored(one.k), one.k)
+        )
         errors.append(float((out - exact).norm() / exact.norm()))
     print(f"a range for {whose:11}: {bits:.2f} bits, error {sum(errors) / len(errors):.3f}")
 
@@ -220,7 +222,9 @@ for name in ("int8", "int4"):
     differ = [float((a != kept[0]).float().mean()) for a in kept]
     apart = [float((a - outs[0]).abs().max()) for a in outs]
     for cut, share, most in zip(("at once", "chunks", "singly"), differ, apart, strict=True):
-        print(f"{name}, {cut:7}: {100 * share:.2f} % other numbers, logits differ by {most:.0e}")
+        print(
+            f"{name}, {cut:7}: {100 * share:.2f} % other numbers, logits differ by {most:.0e}"
+        )
 
 # %% [markdown]
 """

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -173,6 +174,201 @@ def test_an_error_is_told_with_its_line(tmp_path: Path) -> None:
         serve(use=broken)
 
 
+# Functions that spoil what they are given, or end the run in other ways
+
+
+def begun(tmp_path: Path, exercise: str, function: str, code: str) -> Path:
+    """The solution with some code at the beginning of a function (or of a method), before what is right."""
+    source = FILES[exercise].read_text(encoding="utf8")
+    at = source.index("# BEGIN SOLUTION", source.index(f"def {function}("))
+    line = source.rindex("\n", 0, at) + 1
+    path = tmp_path / FILES[exercise].name
+    path.write_text(source[:line] + indent(code, source[line:at]) + "\n" + source[line:], encoding="utf8")
+    return path
+
+
+def engine_is_clean(llm: LLM) -> bool:
+    """Nothing of an ended run is left in it."""
+    llm.engine.scheduler.check()
+    return not llm.engine.requests and not list(llm.engine.scheduler) and not llm.processor._live
+
+
+def stopped(place: Path, **settings: Any) -> str:
+    """What a run is stopped with, twice: the error is told, the engine is clean, and the function is still in place."""
+    llm = LLM("tiny-draft", dtype="float32", device="cpu", debug=True, **settings)
+    plug_in(llm, place)
+    messages = []
+    for _ in range(2):
+        with pytest.raises(LearnerError) as caught:
+            llm.generate(PROMPTS, PARAMS, progress=False)
+        messages.append(str(caught.value))
+        assert engine_is_clean(llm)
+    assert messages[0].split(" in call")[0] == messages[1].split(" in call")[0]
+    assert sum(block.ref_count for block in llm.engine.pool.blocks) == 0
+    return messages[0]
+
+
+CHANGED: dict[str, tuple[str, str, int]] = {  # function: code at its beginning, setting, the argument that it changes
+    "ex02 grouped_attention": ("k.mul_(scale); scale = 1.0", "as it comes", 2),
+    "ex04 apply_temperature": ("if temperature > 0: logits.div_(temperature); temperature = 1.0", "as it comes", 1),
+    "ex04 sample": ("probs.div_(probs.sum() * 2)", "as it comes", 1),
+    "ex06 tiled_attention": ("k.mul_(0.5); q = q * 2", "as it comes", 2),
+    "ex09 slot_mapping": ("block_table.append(1)", "as it comes", 1),
+    "ex09 paged_decode_attention": ("k_pool.mul_(scale); scale = 1.0", "as it comes", 2),
+    "ex09 paged_decode_attention ": ("v_pool[:, [b not in block_table for b in range(v_pool.shape[1])]] = 0", "int", 3),
+    "ex10 hash_blocks": ("tokens[-1:] = [0]", "as it comes", 1),
+    "ex10 longest_match": ("cached['x'] = 1", "as it comes", 2),
+    "ex11 schedule": ("waiting.append(1)", "as it comes", 2),
+    "ex13 propose_ngram": ("tokens.append(7)", "guesses by looking back", 1),
+    "ex13 verify_greedy": ("choices[-1:] = [7]", "guesses by looking back", 2),
+    "ex13 acceptance_probability": ("p.add_(0)[0] += 1", "guesses by a model", 1),
+}
+
+
+@pytest.mark.parametrize("function", CHANGED)
+def test_who_changes_its_arguments_is_named(function: str, tmp_path: Path) -> None:
+    """They would be views of the engine's own memory: both functions would read what was spoilt, and agree."""
+    code, setting, argument = CHANGED[function]
+    exercise, name = function.split()
+    message = stopped(begun(tmp_path, exercise, name, code), **SETTINGS.get(setting, {}))
+    assert re.match(rf"{exercise} .*{name}.* changed its argument {argument} in call ", message), message
+
+
+def test_who_changes_the_times_of_a_request_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LearnerError, match="ex01 ttft changed its argument 2 in call 1"):
+        serve(use=begun(tmp_path, "ex01", "ttft", "token_times.append(0.0)"))
+
+
+@pytest.mark.parametrize("exercise, function", [("ex03", "prefill"), ("ex15", "step")])
+def test_who_changes_the_model_is_named(exercise: str, function: str, tmp_path: Path) -> None:
+    model = load_model("tiny-draft", dtype="float32", device="cpu")
+    code = "m = self.model if 'self' in locals() else model\nnext(m.parameters()).mul_(1 + 2**-20)"
+    llm = LLM("tiny-draft", dtype="float32", device="cpu")
+    llm.engine.model = model
+    with pytest.raises(LearnerError, match=rf"{exercise}_\w+\.py changed the model|{exercise} "):
+        plug_in(llm, begun(tmp_path, exercise, function, code))
+
+
+def test_a_result_that_is_written_to_later_does_no_harm(tmp_path: Path) -> None:
+    path = wrong(tmp_path, "ex04", {})
+    path.write_text(
+        path.read_text(encoding="utf8")
+        + "\n\nOWN, LAST = min_p, {}\n\n\ndef min_p(probs, p):\n"
+        + "    return LAST.setdefault(len(probs), torch.empty_like(probs)).copy_(OWN(probs, p))\n"
+    )
+    assert serve(use=path)[0] == serve()[0]
+
+
+NO_MESSAGE = """
+class Strange(Exception):
+    def __str__(self): raise self
+raise Strange
+"""
+OWN_CAUSE = """
+error = ValueError("\\ud800" + 5000 * "x")
+error.__cause__ = KeyError()
+error.__cause__.__cause__ = error
+raise error
+"""
+EQUAL = "return type('Equal', ({kind},), {{'__eq__': lambda a, b: True, '__hash__': {kind}.__hash__}})({value})"
+COUNTED = "self.n = getattr(self, 'n', 0) + 1\nif self.n == 9: raise RuntimeError('tired')"
+NO_CACHE = "without a prefix cache"
+NGRAM = "guesses by looking back"
+
+ENDED: dict[str, tuple[str, str, str, str, str]] = {  # exercise, function, code at its beginning, setting, message
+    "exits": ("ex04", "sample", "import sys; sys.exit(0)", "", "ex04 sample raised SystemExit in call 1"),
+    "has no message": (
+        "ex04",
+        "sample",
+        NO_MESSAGE,
+        "",
+        r"ex04 sample raised Strange .*\(its message cannot be read\)",
+    ),
+    "is its own cause": ("ex04", "sample", OWN_CAUSE, "", r"ex04 sample raised ValueError .*\\ud800x{299} \("),
+    "equals all": ("ex04", "sample", EQUAL.format(kind="int", value=7), "", "ex04 sample differs"),
+    "returns an object": (
+        "ex04",
+        "sample",
+        "return object()",
+        "",
+        "ex04 sample raised TypeError.*it returned a object",
+    ),
+    "returns itself": ("ex04", "sample", "x = []; x.append(x); return x", "", "ex04 sample raised RecursionError"),
+    "a tired pool": ("ex09", "allocate", COUNTED, NO_CACHE, "ex09 BlockPool.allocate raised RuntimeError.*tired"),
+    "a block twice": ("ex09", "allocate", "return [1]", NO_CACHE, "ex09 BlockPool.allocate gave block 1, which is not"),
+    "no pool": ("ex09", "__init__", "raise OSError('no')", NO_CACHE, "ex09 BlockPool raised OSError in call 1"),
+    "keeps blocks": ("ex09", "free", "raise OSError('no')", NO_CACHE, "ex09 BlockPool.free raised OSError in call 1"),
+    "a tired queue": ("ex10", "popleft", COUNTED, "", "ex10 FreeQueue.popleft raised RuntimeError.*tired"),
+    "a lying length": ("ex10", "__len__", "return 0", "", "ex10 FreeQueue.__len__ differs"),
+    "no queue": ("ex10", "__init__", "raise OSError('no')", "", "ex10 FreeQueue raised OSError in call 1"),
+    "an end that fails": (
+        "ex10",
+        "append",
+        "raise OSError('no')",
+        "",
+        "ex10 FreeQueue.append raised OSError in call 1",
+    ),
+    "no names": ("ex10", "hash_blocks", "return []", "", "ex10 hash_blocks gave .*no name for each of 2 blocks"),
+    "no plan": ("ex11", "schedule", "raise KeyError('x')", "", "ex11 schedule raised KeyError in call 1"),
+    "strings": ("ex13", "propose_ngram", "return ['a']", NGRAM, r"ex13 propose_ngram: \['a'\] is no list"),
+    "no end": ("ex13", "propose_ngram", "import itertools; return itertools.count()", NGRAM, ".*returned a count"),
+    "floats": ("ex13", "propose_ngram", "return [1.5]", NGRAM, r"ex13 propose_ngram: \[1.5\] is no list"),
+    "too many": ("ex13", "propose_ngram", "return [1] * (count + 1)", NGRAM, r"ex13 propose_ngram: \[1, .* is no list"),
+    "an unknown token": ("ex13", "propose_ngram", "return [10**9]", NGRAM, "ex13 propose_ngram: .* is no list"),
+    "a lying list": (
+        *(
+            "ex13",
+            "verify_greedy",
+            "return type('L', (list,), {'__len__': lambda s: 3, '__eq__': lambda a, b: True})()",
+        ),
+        *(NGRAM, "ex13 verify_greedy differs"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENDED)
+def test_what_ends_a_run_is_named_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
+    exercise, function, code, setting, message = ENDED[kind]
+    got = stopped(begun(tmp_path, exercise, function, code), **SETTINGS.get(setting, {}))
+    assert re.match(message, got), got
+    got.encode()
+
+
+def test_a_time_that_equals_everything(tmp_path: Path) -> None:
+    with pytest.raises(LearnerError, match="ex01 ttft differs"):
+        serve(use=begun(tmp_path, "ex01", "ttft", EQUAL.format(kind="float", value="float('nan')")))
+
+
+@pytest.mark.parametrize("code", ["return torch.tensor(int(probs.argmax()))", "return probs.argmax().numpy()[()]"])
+def test_a_number_may_be_a_tensor_or_an_array(code: str, tmp_path: Path) -> None:
+    llm = LLM("tiny-draft", dtype="float32", device="cpu")
+    plug_in(llm, begun(tmp_path, "ex04", "sample", code))
+    want = LLM("tiny-draft", dtype="float32", device="cpu").generate(PROMPTS, PARAMS[0], progress=False)
+    got = llm.generate(PROMPTS, PARAMS[0], progress=False)
+    assert [out.outputs[0].token_ids for out in got] == [out.outputs[0].token_ids for out in want]
+
+
+def test_ctrl_c_in_a_learners_function_is_ctrl_c(tmp_path: Path) -> None:
+    llm = LLM("tiny-draft", dtype="float32", device="cpu")
+    plug_in(llm, begun(tmp_path, "ex04", "sample", "raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, PARAMS, progress=False)
+    assert engine_is_clean(llm)
+
+
+def test_leaving_early_while_blocks_cannot_be_given_back(tmp_path: Path) -> None:
+    """The error is told, and all requests are gone all the same."""
+    llm = LLM("tiny-draft", dtype="float32", device="cpu")
+    plug_in(llm, begun(tmp_path, "ex10", "prepend", "raise OSError('no')"))
+    stream = llm.stream(PROMPTS, PARAMS)
+    while not any(len(completions) == 2 for completions in llm.engine.requests.values()):
+        next(stream)
+    with pytest.raises(LearnerError, match=r"ex10 FreeQueue\.prepend raised OSError"):
+        stream.close()
+    assert engine_is_clean(llm)
+    assert sum(block.ref_count for block in llm.engine.pool.blocks) == 0
+
+
 # Files
 
 
@@ -212,7 +408,7 @@ def test_a_written_function_that_needs_an_unwritten_one(tmp_path: Path) -> None:
 
 
 BAD_FILES: dict[str, tuple[str, bytes, str]] = {
-    "no Python": ("ex06_flash_attention.py", b"def f(:\n", "line 1: .*cannot read"),
+    "no Python": ("ex06_flash_attention.py", b"def f(:\n", "line 1: invalid syntax"),
     "not UTF-8": ("ex06_flash_attention.py", b'"\xff"', "not UTF-8"),
     "an error on import": ("ex06_flash_attention.py", b"import torch\n\n1 / 0\n", "Line 3: ZeroDivisionError"),
     "a missing package": ("ex06_flash_attention.py", b"import no_such_package\n", "package no_such_package"),

@@ -149,6 +149,7 @@ def test_one_request_without_a_distribution_ends_alone() -> None:
     """NaN logits for one request: it ends with an error that says so, its neighbours get their tokens."""
     llm = make_llm()
     process = llm.engine.sampler.rules.process
+
     def broken(logits: Any, params: list[SamplingParams]) -> Any:
         logits = logits.clone()
         for row, one in enumerate(params):

@@ -116,7 +116,7 @@ SCHEDULING: dict[str, tuple[type, str, Any, str]] = {
         Scheduler,
         "schedule",
         _named_when_scheduled,
-        "is written by one owner, unnamed",
+        "names only blocks that it has computed",
     ),
     "trap 11: blocks are not copied": (StepPlan, "copies", property(lambda self: []), TOKENS),
     "trap 13: what can never fit is admitted": (

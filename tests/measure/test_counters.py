@@ -19,6 +19,7 @@ from minillm.attention import REFERENCE, Backend, paged_attention, write_kv
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 from minillm.cache.contiguous import ContiguousCache
+from minillm.cache.paged import PagedCache
 from minillm.config import EngineConfig
 from minillm.costs import formulas
 from minillm.costs.formulas import Bytes
@@ -200,6 +201,7 @@ def test_an_engines_steps_cost_what_their_records_say(policy: str, block_size: i
     model = two_layers("llama3")
     config = EngineConfig(policy=policy, max_num_batched_tokens=16, block_size=block_size, num_blocks=256)
     engine = Engine(model, config)
+    assert isinstance(engine.runner.cache, PagedCache)
     engine.runner.cache.backend = FUSED  # the CPU's groups gather more than they need
     rng = random.Random(seed := random.randrange(2**32))
     for _ in range(3):

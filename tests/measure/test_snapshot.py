@@ -154,7 +154,9 @@ def test_tables_follow_from_the_trace(policy: str) -> None:
     parts = [part for record in records for part in record.requests]
     assert any(record.preempted for record in records) and any(record.num_copies for record in records)
     assert any(part.num_samples > 1 for part in parts) and any(part.num_drafts for part in parts)
-    assert any(part.num_computed for record in records for part in record.requests if part.request_id in record.admitted)
+    assert any(
+        part.num_computed for record in records for part in record.requests if part.request_id in record.admitted
+    )
 
 
 def _served(engine: Engine, count: int = 3) -> None:

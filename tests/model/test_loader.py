@@ -155,7 +155,7 @@ def test_a_tensor_in_two_shards(folder: Path) -> None:
     names = shard(folder)
     one, two = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     save_file(load_file(one) | {names[1]: load_file(two)[names[1]]}, one)
-    with pytest.raises(CheckpointError, match=r"is in .*00001-of-00002.* and in .*00002-of-00002"):
+    with pytest.raises(CheckpointError, match=r"is in .*00002-of-00002.* and in a file before it"):
         load_model(folder, progress=False)
 
 
@@ -178,12 +178,9 @@ def test_rotary_tables_of_old_files_are_harmless(folder: Path) -> None:
 
 
 def test_nothing_is_allocated_for_a_model_that_no_machine_holds(folder: Path) -> None:
-    """Too many layers, too many parameters, more than the file has: each is refused before a layer is made."""
+    """Too many layers, and more numbers than the file has: refused before a layer is made."""
     edit_config(folder, num_hidden_layers=200_000)
     with pytest.raises(CheckpointError, match=r"num_hidden_layers=200000; needed: integer from 1 to 1024"):
-        load_model(folder, progress=False)
-    edit_config(folder, num_hidden_layers=1024, hidden_size=2**20, intermediate_size=2**22)
-    with pytest.raises(CheckpointError, match=r"parameters, at most 2\.2e\+12"):
         load_model(folder, progress=False)
     edit_config(folder, num_hidden_layers=1024, hidden_size=2**13, intermediate_size=2**15)
     with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight .* has shape \(131, 48\), config\.json"):

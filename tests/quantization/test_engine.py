@@ -12,7 +12,7 @@ import torch
 
 from minillm.config import POLICIES
 from minillm.engine.engine import Engine
-from minillm.generate import choose, extend
+from minillm.generate import generate
 from minillm.quantization.cache import QuantizedCache
 from minillm.quantization.formats import FORMATS
 from minillm.sampling import SamplingParams
@@ -28,13 +28,8 @@ NUM_SEEDS = 6
 @cache
 def stream(prompt: tuple[int, ...], params: SamplingParams, index: int, kv_format: str) -> list[int]:
     """What a completion gets, by definition, if nothing ends it."""
-    generator = None if params.greedy else params.generator(index, default_seed=0, device=torch.device("cpu"))
-    kv, tokens, pending = DefinitionCache(FORMATS[kv_format]), list(prompt), list(prompt)
-    for _ in range(params.max_tokens):
-        logits = extend(tiny_model(), torch.tensor(pending), kv)
-        pending = [choose(logits, tokens, params, generator)]
-        tokens += pending
-    return tokens[len(prompt) :]
+    empty = DefinitionCache(FORMATS[kv_format])
+    return list(generate(tiny_model(), prompt, params, sample_index=index, cache=empty))
 
 
 def alone_all(workload: Workload) -> Completions:
@@ -80,7 +75,7 @@ def test_formats_share_no_blocks() -> None:
     """The format is part of a prefix's name, as the model is: the same tokens, other KV."""
     configs = (replace(random_workload(0, "mixed").config, kv_format=name) for name in ("auto", *FORMATS))
     engines = [Engine(tiny_model(), config) for config in configs]
-    assert len({engine.pool.open([1, 2, 3])[0].prefix for engine in engines}) == 1 + len(FORMATS)
+    assert len({engine.pool.open([1, 2, 3], [])[0].prefix for engine in engines}) == 1 + len(FORMATS)
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)

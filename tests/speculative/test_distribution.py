@@ -8,19 +8,21 @@ tests/engine/test_verify.py; here are the ways to break a right rule.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from minillm.engine.proposer import Proposer
 from torch import Tensor
 
 from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
 from minillm.engine.request import Request
+from minillm.engine.scheduler import StepPlan
+from minillm.engine.verify import Proposer
 from minillm.generate import prefill
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams, probs_from_logits
-from minillm.speculative.draft import DraftModelProposer
+from minillm.speculative.draft import DraftModelProposer, Twin
 from minillm.speculative.ngram import NgramProposer
 from tests.families import random_model
 from tests.speculative.chance import chi_square, limit
@@ -33,7 +35,7 @@ CONFIG = EngineConfig(num_speculative_tokens=3, block_size=4, num_blocks=900, ma
 @cache
 def bigram(seed: int) -> Decoder:
     """A model of five tokens that sees one of them."""
-    shape = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, sliding_window=1)
+    shape: dict[str, Any] = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, sliding_window=1)
     return random_model("mistral", seed, vocab_size=VOCAB, **shape)
 
 
@@ -50,10 +52,9 @@ def run(proposer: Proposer | None, requests: int = 8) -> tuple[Tensor, Engine]:
     finished: dict[tuple[str, int], Request] = {}
     for _ in range(requests):
         engine.add([1, 2, 3, 4, 0], PARAMS)
-        while engine.has_unfinished:
-            for event in engine.step():
-                finished[event.request.request_id, event.request.index] = event.request
-    runs = torch.tensor([sequence.tokens[4:] for sequence in finished.values()])
+        for event in engine.run():
+            finished[event.request.request_id, event.request.index] = event.request
+    runs = torch.tensor([request.tokens[4:] for request in finished.values()])
     pairs = runs[:, :-1] * VOCAB + runs[:, 1:]
     return torch.bincount(pairs.flatten(), minlength=VOCAB**2).view(VOCAB, VOCAB), engine
 
@@ -79,24 +80,24 @@ def test_chi_square_of_the_engine(make: type[Proposer]) -> None:
 
 
 def test_chi_square_rejects_drafts_from_the_stream_that_judges_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def same_stream(self: DraftModelProposer, twin: Request) -> torch.Generator:
-        twin.generator = twin.generator or twin.params.generator(
-            twin.index, engine_seed=twin.seed, arrival=twin.order[0]
-        )
-        return twin.generator
-
-    monkeypatch.setattr(DraftModelProposer, "_generator", same_stream)
+    """A draft is drawn with the very number that its row will be drawn with."""
+    monkeypatch.setattr(Twin, "index", property(lambda self: self.order[1]))
     assert stray(run(draft_model(), requests=3)[0]) > 1
 
 
-def test_chi_square_rejects_a_draft_at_another_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutant that uses the untempered q: drawn at temperature 0.9 and top_p 0.95, divided by neither."""
+@pytest.mark.parametrize(("power", "requests"), [(0.5, 8), (2.0, 3)])
+def test_chi_square_rejects_a_draft_at_another_temperature(
+    power: float, requests: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mutant that uses the untempered q: what is told is not what was drawn from, but flatter or sharper."""
     right = DraftModelProposer._draw
 
-    def untempered(self: DraftModelProposer, batch: object, probs: Tensor, drawn: dict[Request, list[Tensor]]) -> None:
-        right(self, batch, probs, drawn)  # type: ignore[arg-type]
+    def untempered(
+        self: DraftModelProposer, plan: StepPlan, logits: Tensor, drawn: dict[Request, list[Tensor]]
+    ) -> None:
+        right(self, plan, logits, drawn)
         for rows in drawn.values():
-            rows[-1:] = [row.sqrt() / row.sqrt().sum() for row in rows[-1:]]
+            rows[-1:] = [row**power / (row**power).sum() for row in rows[-1:]]
 
     monkeypatch.setattr(DraftModelProposer, "_draw", untempered)
-    assert stray(run(draft_model(), requests=8)[0]) > 1
+    assert stray(run(draft_model(), requests)[0]) > 1

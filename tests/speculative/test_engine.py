@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from minillm.config import POLICIES, EngineConfig
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine
-from minillm.engine.proposer import Draft, Proposer
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduled, Scheduler, StepPlan
 from minillm.engine.trace import StepRecord
+from minillm.engine.verify import Draft, Proposer, accept
 from minillm.generate import generate
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
@@ -81,7 +82,10 @@ def speculating(seed: int, policy: str) -> Workload:
     """The engine's own workloads, under any limit of drafts."""
     rng = random.Random(seed)
     workload = random_workload(seed, policy)
-    changes = {"num_speculative_tokens": rng.choice([1, 2, 4, 7]), "adaptive_drafts": rng.random() < 0.5}
+    changes: dict[str, Any] = {
+        "num_speculative_tokens": rng.choice([1, 2, 4, 7]),
+        "adaptive_drafts": rng.random() < 0.5,
+    }
     return replace(workload, config=replace(workload.config, **changes))
 
 
@@ -117,7 +121,7 @@ def fuzz(
 
 
 def check_draft_pool(proposer: Proposer) -> None:
-    """All blocks of the draft's own cache are free again, and no sequence is remembered."""
+    """All blocks of the draft's own cache are free again, and no request is remembered."""
     if isinstance(proposer, DraftModelProposer):
         proposer.pool.check([])
         assert proposer.pool.num_free == proposer.pool.num_usable and not proposer._twins
@@ -163,68 +167,83 @@ def test_drafts_of_a_model_change_no_greedy_token(make: Maker) -> None:
 # --- wrong engines ---------------------------------------------------------------------------------------------------
 
 
-def _counts_rejected_drafts(self: Scheduler, sequence: Request, part: Scheduled | None, said: list[int]) -> list[int]:
-    taken = _right_take(self, sequence, part, said)
+def _counts_rejected_drafts(self: Scheduler, request: Request, part: Scheduled | None, said: list[int]) -> list[int]:
+    taken = _right_take(self, request, part, said)
     if part:
-        sequence.num_computed += len(part.draft) - len(said) + 1
+        request.num_computed += len(part.draft) - len(said) + 1
     return taken
 
 
-def _names_rejected_kv(self: Scheduler, sequence: Request, part: Scheduled | None, said: list[int]) -> list[int]:
-    taken = _right_take(self, sequence, part, said)
+def _names_rejected_kv(self: Scheduler, request: Request, part: Scheduled | None, said: list[int]) -> list[int]:
+    taken = _right_take(self, request, part, said)
     if part and part.draft:
-        self.pool.commit(sequence.table, sequence.tokens, sequence.num_tokens)
+        held = len(request.table.blocks) * self.pool.block_size
+        self.pool.commit(request.table, request.tokens, min(request.num_tokens, held))
     return taken
 
 
 _right_take = Scheduler._take
 
 
-def _stops_at_the_end_only(self: Request, tokens: list[int], eos_token_ids: tuple[int, ...]) -> list[int]:
+def _stops_at_the_end_only(self: Request, tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:
     self.tokens += tokens[:-1]
-    self._append(tokens[-1], eos_token_ids)
-    return tokens
+    return tokens[:-1] + _right_extend(self, tokens[-1:], end_ids)
 
 
-def _packed(wrong: Callable[[Batch], Batch]) -> Any:
-    right = Batch.pack
-    return classmethod(lambda cls, *args: wrong(right(*args)))
+_right_extend = Request.extend
 
 
-def _last_row_for_all(batch: Batch) -> Batch:
-    ends = [row for row, draft in zip(_ends(batch), batch.drafts, strict=True) for _ in range(1 + len(draft))]
-    return replace(batch, logit_indices=torch.tensor(ends, dtype=torch.int64))
+def _last_row_for_all(cls: type[Batch], plan: StepPlan, *how: Any) -> Batch:
+    batch = _right_pack(plan, *how)
+    rows, ends = batch.logit_indices, list[Tensor]()
+    for draft in plan.drafts:
+        mine, rows = rows.split([1 + len(draft), len(rows) - 1 - len(draft)])
+        ends.append(mine[-1:].expand(len(mine)))
+    return replace(batch, logit_indices=torch.cat([*ends, rows]))
 
 
-def _ends(batch: Batch) -> list[int]:
-    rows = iter(batch.logit_indices.tolist())
-    return [[next(rows) for _ in range(1 + len(draft))][-1] for draft in batch.drafts]
+_right_pack = Batch.pack
 
 
-def _free_of_charge(self: StepPlan, sequence: Request, draft: Draft, copies: list[tuple[int, int]]) -> None:
+def _all_accepted(drafts: Sequence[Draft], drawn: list[int]) -> list[list[int]]:
+    return accept(drafts, drawn, lambda guessed, said: len(guessed))
+
+
+def _free_of_charge(self: StepPlan, request: Request, draft: Draft, copies: list[tuple[int, int]]) -> None:
     budget = self.budget
-    _right_add_draft(self, sequence, draft, copies)
+    _right_add_draft(self, request, draft, copies)
     self.budget = budget
 
 
 _right_add_draft = StepPlan.add_draft
 
 
-MUTANTS: dict[str, tuple[object, str, object]] = {
-    "trap 43: rejected drafts count as computed": (Scheduler, "_take", _counts_rejected_drafts),
-    "trap 44: a block with a rejected draft is named": (Scheduler, "_take", _names_rejected_kv),
-    "trap 45: a stop token inside an accepted run is overlooked": (Request, "extend", _stops_at_the_end_only),
-    "all rows of a verify are the last one": (Batch, "pack", _packed(_last_row_for_all)),
-    "whatever is guessed is accepted": (scripted, "num_accepted", lambda drafts, said: len(drafts)),
-    "the budget is no limit": (StepPlan, "add_draft", _free_of_charge),
+TOKENS = r"request \d+, completion \d+"  # what `compare` says: others than those of running alone
+MUTANTS: dict[str, tuple[object, str, object, str]] = {
+    "trap 43: rejected drafts count as computed": (
+        Scheduler,
+        "_take",
+        _counts_rejected_drafts,
+        "every request has something to compute",
+    ),
+    "trap 44: a block with a rejected draft is named": (
+        Scheduler,
+        "_take",
+        _names_rejected_kv,
+        "names only blocks that it has computed",
+    ),
+    "trap 45: a stop token inside an accepted run is overlooked": (Request, "extend", _stops_at_the_end_only, TOKENS),
+    "all rows of a verify are the last one": (Batch, "pack", classmethod(_last_row_for_all), TOKENS),
+    "whatever is guessed is accepted": (scripted, "accept", _all_accepted, TOKENS),
+    "the budget is no limit": (StepPlan, "add_draft", _free_of_charge, "the budget adds up"),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_the_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, wrong = MUTANTS[mutant]
+    owner, name, wrong, found = MUTANTS[mutant]
     monkeypatch.setattr(owner, name, wrong)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=found):
         fuzz(with_a_script, half_right, scripted.alone_all, num_seeds=150)
 
 
@@ -234,10 +253,10 @@ def test_the_fuzz_kills(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def certain(length: int, prompt: tuple[int, ...] = (5, 6, 7), **changes: Any) -> tuple[Engine, list[int]]:
     """A scripted engine whose proposer is always right, one request of `length` tokens in it; and what it will say."""
     params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True)
-    truth = {("0", 0): scripted.alone(prompt, params, 0)}
+    truth = {("#0", 0): scripted.alone(prompt, params, 0)}
     engine = scripted_engine(proposer=Guesser(truth, right=1.0), **({"num_blocks": 100} | changes))
     engine.add(prompt, params)
-    return engine, truth["0", 0]
+    return engine, truth["#0", 0]
 
 
 def steps(engine: Engine) -> list[int]:
@@ -272,10 +291,10 @@ def test_drafts_leave_budget_to_everybody_else() -> None:
     assert drafts == [[0], [0, 0], [0, 0]], "a prompt fills the budget: nothing is guessed"
     assert all(record.num_tokens <= 8 for record in engine.trace)
     engine.step()
-    assert [(part.num_scheduled, part.num_drafts) for part in engine.trace[-1].sequences] == [(5, 4), (2, 0)]
+    assert [(part.num_scheduled, part.num_drafts) for part in engine.trace[-1].requests] == [(5, 4), (2, 0)]
 
 
-def test_nobody_is_pushed_out_for_a_guess() -> None:
+def test_nobody_is_preempted_for_a_guess() -> None:
     """Four blocks: drafts take two and leave one for the next token; then they fill the blocks that are held."""
     engine, _ = certain(13, block_size=4, num_blocks=5, num_speculative_tokens=7)
     assert steps(engine) == [1, 8, 1, 3]
@@ -283,31 +302,46 @@ def test_nobody_is_pushed_out_for_a_guess() -> None:
     assert not any(record.preempted for record in engine.trace)
 
 
+def _room_for_all(self: Scheduler, plan: StepPlan) -> dict[Request, int]:
+    """Blocks that running requests need for their next token are given to guesses as well."""
+    parts = [part for part in plan.scheduled.values() if part.samplers and part.request.num_generated]
+    counts = {part.request: min(part.request.num_drafts, plan.budget // len(parts)) for part in parts}
+    return {request: count for request, count in counts.items() if count}
+
+
+def test_guesses_that_take_too_much_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change no token, so no fuzz can see them."""
+    monkeypatch.setattr(Scheduler, "draft_room", _room_for_all)
+    for test in (test_max_tokens_is_met_exactly, test_nobody_is_preempted_for_a_guess):
+        with pytest.raises(AssertionError):
+            test()
+
+
 def test_a_stop_token_inside_an_accepted_run_ends_it() -> None:
     engine, said = certain(16, num_speculative_tokens=7)
-    engine.abort("0")
+    engine.abort("#0")
     stop = said[3]
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, stop_token_ids=[stop])
-    engine.proposer.truth["1", 0] = said  # type: ignore[union-attr]
+    engine.proposer.truth["#1", 0] = said  # type: ignore[union-attr]
     engine.add((5, 6, 7), params)
     events = [event for _ in range(2) for event in engine.step()]
     assert [token for event in events for token in event.token_ids] == said[: said.index(stop) + 1]
-    assert events[-1].finish_reason == "stop" and events[-1].sequence.stop_reason == stop
+    assert events[-1].finish_reason == "stop" and events[-1].request.stop_reason == stop
     assert not engine.has_unfinished and engine.pool.num_free == engine.pool.num_usable
 
 
 def test_a_request_may_decline() -> None:
     engine, said = certain(9)
-    engine.proposer.truth["1", 0] = said  # type: ignore[union-attr]
+    engine.proposer.truth["#1", 0] = said  # type: ignore[union-attr]
     engine.add((5, 6, 7), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), num_speculative_tokens=0)
     steps(engine)
     parts = [part for record in engine.trace for part in record.requests]
-    assert sum(part.num_drafts for part in parts if part.request_id == "0") > 0
-    assert sum(part.num_drafts for part in parts if part.request_id == "1") == 0
+    assert sum(part.num_drafts for part in parts if part.request_id == "#0") > 0
+    assert sum(part.num_drafts for part in parts if part.request_id == "#1") == 0
 
 
 def test_the_number_of_guesses_follows_what_was_accepted() -> None:
-    one = Request("0", (0, 0), [1], 1, SamplingParams(), seed=0, arrival_time=0.0, max_drafts=8, num_drafts=8)
+    one = Request("0", (0, 0), [1], 1, SamplingParams(), arrival_time=0.0, max_drafts=8, num_drafts=8)
     seen = []
     for proposed, accepted in [(8, 3), (4, 0), (1, 0), (1, 1), (2, 2), (4, 4), (8, 8), (3, 3)]:
         one.adapt_drafts(proposed, accepted)
@@ -318,7 +352,7 @@ def test_the_number_of_guesses_follows_what_was_accepted() -> None:
 def test_the_switch_keeps_the_number_of_guesses() -> None:
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     for adaptive, want in ((False, 4), (True, 1)):
-        truth = {("0", 0): scripted.alone((5, 6), params, 0)}
+        truth = {("#0", 0): scripted.alone((5, 6), params, 0)}
         engine = scripted_engine(proposer=Guesser(truth, right=0.0), num_blocks=50, adaptive_drafts=adaptive)
         engine.add((5, 6), params)
         steps(engine)
@@ -334,11 +368,9 @@ def test_log_probabilities_of_an_accepted_run() -> None:
     for proposer in (None, DraftModelProposer(tiny_model(), EngineConfig(num_blocks=20))):
         engine = Engine(tiny_model(), EngineConfig(num_blocks=20), proposer)
         engine.add([5, 6, 7], params)
-        events = []
-        while engine.has_unfinished:
-            events += engine.step()
-        assert all(event.logprobs is not None and len(event.logprobs) == len(event.token_ids) for event in events)
-        reported.append([entry for event in events for entry in event.logprobs or []])
+        events = list(engine.run())
+        assert len(events[-1].request.logprobs) == sum(len(event.token_ids) for event in events) == 12
+        reported.append(events[-1].request.logprobs)
     for plain, speculative in zip(*reported, strict=True):
         assert {token: x.rank for token, x in plain.items()} == {token: x.rank for token, x in speculative.items()}
         for token, entry in plain.items():
@@ -349,20 +381,17 @@ def test_the_repetition_penalty_counts_drafts_as_said() -> None:
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, repetition_penalty=1.5)
     want = list(generate(tiny_model(), [5, 6, 7], params))
     for right in (0.5, 1.0):
-        engine = Engine(tiny_model(), EngineConfig(num_blocks=20), Guesser({("0", 0): want}, right))
+        engine = Engine(tiny_model(), EngineConfig(num_blocks=20), Guesser({("#0", 0): want}, right))
         engine.add([5, 6, 7], params)
-        got = []
-        while engine.has_unfinished:
-            got += [token for event in engine.step() for token in event.token_ids]
-        assert got == want
+        assert [token for event in engine.run() for token in event.token_ids] == want
 
 
-def test_a_proposer_that_fails_harms_nobody() -> None:
+def test_a_proposer_that_fails_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is taken back, and the next one starts over."""
     engine, _ = certain(9)
     engine.step()
-    guess, engine.proposer.propose = engine.proposer.propose, lambda room: 1 // 0  # type: ignore[union-attr]
-    with pytest.raises(ZeroDivisionError):
-        engine.step()
-    engine.proposer.propose = guess  # type: ignore[union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.proposer, "propose", lambda room: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
     assert sum(steps(engine)) == 8

@@ -11,12 +11,12 @@ from minillm.sampling import SamplingParams
 from minillm.speculative.ngram import NgramProposer, SuffixIndex, continuation
 
 
-def sequence(tokens: list[int]) -> Request:
-    return Request("0", (0, 0), tokens, len(tokens), SamplingParams(), seed=0, arrival_time=0.0)
+def text(tokens: list[int]) -> Request:
+    return Request("0", (0, 0), tokens, len(tokens), SamplingParams(), arrival_time=0.0)
 
 
 def earlier_ends(tokens: list[int], length: int) -> list[int]:
-    """The places behind the earlier occurrences of the last `length` tokens."""
+    """The places after the earlier occurrences of the last `length` tokens."""
     return [end for end in range(length, len(tokens)) if tokens[end - length : end] == tokens[len(tokens) - length :]]
 
 
@@ -46,7 +46,7 @@ def test_a_mutant_that_never_splits_states_is_found(monkeypatch: pytest.MonkeyPa
 
 def test_what_followed_is_proposed() -> None:
     proposer = NgramProposer()
-    one = sequence([1, 2, 3, 4, 5, 9, 1, 2, 3])
+    one = text([1, 2, 3, 4, 5, 9, 1, 2, 3])
     assert proposer.propose({one: 3})[one].tokens == [4, 5, 9]
     assert proposer.propose({one: 1})[one].tokens == [4]
     one.tokens += [4, 7]
@@ -56,7 +56,7 @@ def test_what_followed_is_proposed() -> None:
 
 
 def test_the_longer_match_wins() -> None:
-    one = sequence([1, 2, 3, 4, 8, 8, 2, 3, 5, 8, 1, 2, 3])
+    one = text([1, 2, 3, 4, 8, 8, 2, 3, 5, 8, 1, 2, 3])
     assert NgramProposer().propose({one: 1})[one].tokens == [4]
 
 
@@ -67,13 +67,13 @@ def test_a_guess_goes_on_with_itself_where_the_text_ends() -> None:
 
 def test_short_matches_are_no_reason_to_guess() -> None:
     tokens = [1, 2, 3, 1, 2]
-    assert NgramProposer(min_match=2).propose({(one := sequence(tokens)): 1})[one].tokens == [3]
-    assert NgramProposer(min_match=3).propose({sequence(tokens): 1}) == {}
+    assert NgramProposer(min_match=2).propose({(one := text(tokens)): 1})[one].tokens == [3]
+    assert NgramProposer(min_match=3).propose({text(tokens): 1}) == {}
 
 
-def test_sequences_do_not_mix_and_are_forgotten() -> None:
+def test_requests_do_not_mix_and_are_forgotten() -> None:
     proposer = NgramProposer()
-    a, b = sequence([1, 2, 3, 1, 2]), sequence([1, 2, 4, 1, 2])
+    a, b = text([1, 2, 3, 1, 2]), text([1, 2, 4, 1, 2])
     drafts = proposer.propose({a: 1, b: 1})
     assert (drafts[a].tokens, drafts[b].tokens) == ([3], [4])
     proposer.forget(a)

@@ -8,16 +8,16 @@ from itertools import product
 
 import pytest
 import torch
-from minillm.engine.proposer import Draft
 from torch import Tensor
 
 from minillm.attention.reference import visible
 from minillm.cache.contiguous import ContiguousCache
-from minillm.engine.verify import verify
+from minillm.engine.verify import Draft, accept
 from minillm.generate import extend, generate, prefill
 from minillm.model.decoder import Decoder
-from minillm.sampling import SamplingParams, probs_from_logits
-from minillm.speculative.tree import TokenTree, score_tree, verify_tree
+from minillm.sampling import SamplingParams, probs_from_logits, sample
+from minillm.speculative import tree as module
+from minillm.speculative.tree import TokenTree, keep, score_tree, verify_tree
 from tests.families import random_model
 from tests.speculative.chance import joint, random_probs
 
@@ -27,6 +27,7 @@ PARAMS = {
     "greedy": SamplingParams(temperature=0, max_tokens=24, ignore_eos=True),
     "sampled": SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=24, ignore_eos=True),
     "penalised": SamplingParams(temperature=0.7, repetition_penalty=1.4, seed=4, max_tokens=24, ignore_eos=True),
+    "by output": SamplingParams(temperature=0.7, frequency_penalty=1.5, seed=6, max_tokens=24, ignore_eos=True),
 }
 
 
@@ -48,7 +49,7 @@ def path_to(tree: TokenTree, node: int) -> list[int]:
 
 
 def stray(model: Decoder, seed: int) -> float:
-    """How far the logits of a random tree are from those of its paths, each run alone behind the same prompt."""
+    """How far the logits of a random tree are from those of its paths, each run alone after the same prompt."""
     tree = random_tree(random.Random(seed), 9, model.config.vocab_size)
     _, cache = prefill(model, PROMPT)
     scores = score_tree(model, tree, cache)
@@ -123,10 +124,10 @@ def write(model: Decoder, params: SamplingParams, guess: Guess, seed: int = 0) -
     rng = random.Random(seed)
     cache = ContiguousCache(model.config, capacity=4, device=model.device, dtype=model.dtype)
     extend(model, torch.tensor(PROMPT[:-1]), cache)
-    generator = None if params.greedy else params.generator(0)
     said, rounds = list[int](), list[list[int]]()
     while len(said) < params.max_tokens:
-        rounds.append(verify_tree(model, PROMPT + said, guess(said, rng), cache, params, generator))
+        guesses = guess(said, rng)
+        rounds.append(verify_tree(model, PROMPT + said, guesses, cache, params, num_prompt=len(PROMPT)))
         said += rounds[-1]
     return rounds
 
@@ -160,21 +161,50 @@ def test_whatever_is_guessed_the_text_is_the_same(family: str, kind: str) -> Non
 
 
 def test_a_chain_accepts_what_the_engine_accepts() -> None:
-    """The same rows, the same draws, the same drafts: `verify` of a batch of one."""
+    """The same rows, the same numbers, the same drafts: as `accept` says of a batch of one."""
     model, params = random_model(), PARAMS["sampled"]
     want = text(model, params)
     for seed in range(20):
         rng = random.Random(seed)
         (chain,) = [[token if rng.random() < 0.6 else 0 for token in want[:5]]]
         caches = [prefill(model, PROMPT[:-1])[1] for _ in range(2)]
-        tree = verify_tree(model, PROMPT, [chain], caches[0], params, params.generator(0))
+        tree = verify_tree(model, PROMPT, [chain], caches[0], params, num_prompt=len(PROMPT))
         logits = score_tree(model, TokenTree.of(PROMPT[-1], [chain]), caches[1])
         rows = probs_from_logits(logits, [params] * len(logits))
-        assert tree == verify(rows, [Draft(chain)], [params.generator(0)])[0], seed
+        u = torch.tensor([params.random(0, place) for place in range(len(rows))], dtype=torch.float64)
+        assert tree == accept([Draft(chain)], sample(rows, u).tolist())[0], seed
 
 
-def _no_move(self: ContiguousCache, written: list[int]) -> None:
-    self.num_tokens += len(written)
+def test_each_completion_draws_from_its_own_stream() -> None:
+    model, params = random_model(), PARAMS["sampled"]
+    want = list(generate(model, PROMPT, params, sample_index=3))[:2]
+    cache = prefill(model, PROMPT[:-1])[1]
+    said = verify_tree(model, PROMPT, [want[:1], [0]], cache, params, num_prompt=len(PROMPT), sample_index=3)
+    assert said == want
+
+
+@pytest.mark.parametrize("path", [[0], [0, 1, 4], [0, 3, 5, 6], list(range(8))])
+def test_kept_nodes_lie_together_after_the_text(path: list[int]) -> None:
+    """Row by row, in all layers: the text, then the nodes of the path; the counter says so."""
+    model = random_model()
+    _, cache = prefill(model, PROMPT)
+    score_tree(model, random_tree(random.Random(1), 8, model.config.vocab_size), cache)
+    before = [pool.tolist() for pool in (cache.keys, cache.values)]
+    keep(cache, path)
+    assert cache.num_tokens == len(PROMPT) + len(path)
+    rows = [*range(len(PROMPT)), *(len(PROMPT) + node for node in path)]
+    for pool, old in zip((cache.keys, cache.values), before, strict=True):
+        assert pool[:, :, : len(rows)].tolist() == [[[head[row] for row in rows] for head in layer] for layer in old]
+
+
+def _no_move(cache: ContiguousCache, path: list[int]) -> None:
+    cache.num_tokens += len(path)
+
+
+def _keys_only(cache: ContiguousCache, path: list[int]) -> None:
+    values = cache.values.clone()
+    keep(cache, path)
+    cache.values = values
 
 
 def _keeps_all(self: TokenTree, draw: Callable[[int, list[int]], int]) -> tuple[list[int], list[int]]:
@@ -203,8 +233,9 @@ def _asks_again(self: TokenTree, draw: Callable[[int, list[int]], int]) -> tuple
 
 
 _follow = TokenTree.follow
-WRONG_WALKS: dict[str, tuple[type, str, Callable[..., object]]] = {
-    "accepted KV stays where it was": (ContiguousCache, "keep", _no_move),
+WRONG_WALKS: dict[str, tuple[object, str, Callable[..., object]]] = {
+    "accepted KV stays where it was": (module, "keep", _no_move),
+    "accepted values stay where they were": (module, "keep", _keys_only),
     "the first rows are kept": (TokenTree, "follow", _keeps_all),
     "a guess is taken without asking": (TokenTree, "follow", _first_child),
 }

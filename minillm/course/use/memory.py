@@ -160,7 +160,9 @@ def put_match(module: Any, llm: LLM) -> None:
     def chain(tokens: list[int], root: Prefix) -> list[str]:
         found = hash_blocks.call(tokens, size, repr(root.tokens))
         if not isinstance(found, list) or len(found) != len(tokens) // size:
-            raise LearnerError(f"ex10 hash_blocks gave {shown(found)}: no name for each of {len(tokens) // size} blocks.")
+            raise LearnerError(
+                f"ex10 hash_blocks gave {shown(found)}: no name for each of {len(tokens) // size} blocks."
+            )
         return [str(name) for name in found]
 
     def name(prefix: Prefix) -> str:

@@ -51,7 +51,7 @@ class CpuMetadata(AttentionMetadata):
     buffer: Tensor  # [rows, d]
 
 
-def prepare(metadata: AttentionMetadata, k_pool: Tensor, group_bytes: int = GROUP_BYTES) -> CpuMetadata:
+def prepare(metadata: AttentionMetadata, k_pool: Tensor, _: int = 1, *, group_bytes: int = GROUP_BYTES) -> CpuMetadata:
     """Plan for pools like `k_pool` `[kv_heads, num_blocks, block_size, d]`: which decodes to compute together."""
     kv_heads, _, _, d = k_pool.shape
     max_keys = group_bytes // (kv_heads * d * k_pool.element_size())
@@ -87,9 +87,9 @@ def paged_attention(
             out[group.queries] = weigh_values(weights, _gather(v_pool, rows, metadata.buffer))
     starts = [0, *accumulate(metadata.q_lens)]
     for index in metadata.rest:
-        queries = slice(starts[index], starts[index + 1])
+        own = slice(starts[index], starts[index + 1])
         k, v = (read(pool, metadata, index, sliding_window) for pool in (k_pool, v_pool))
-        out[queries] = attention(q[queries], k, v, scale=scale, sliding_window=sliding_window)
+        out[own] = attention(q[own], k, v, scale=scale, sliding_window=sliding_window)
     return out
 
 

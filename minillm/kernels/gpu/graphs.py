@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import triton  # noqa: F401 - without it attention reads tables on the host, which no graph can replay
 from torch import Tensor
 
 from minillm.attention import AttentionMetadata
@@ -37,7 +38,7 @@ class StaticStep:
 
     tokens: Tensor  # [size]
     positions: Tensor  # [size]
-    layout: AttentionMetadata
+    metadata: AttentionMetadata
     replay: Callable[[], Tensor]  # logits [size, vocab_size], always in the same memory
 
     def load(self, batch: Batch) -> None:
@@ -45,15 +46,15 @@ class StaticStep:
         for buffer, value in (
             (self.tokens, batch.tokens),
             (self.positions, batch.positions),
-            (self.layout.slot_mapping, batch.layout.slot_mapping),
+            (self.metadata.slot_mapping, batch.metadata.slot_mapping),
         ):
             buffer.zero_()
             buffer[: len(value)] = value
-        tables, rows = self.layout.block_tables, batch.layout.block_tables
+        tables, rows = self.metadata.block_tables, batch.metadata.block_tables
         tables.fill_(DUMMY_BLOCK)
         tables[: len(rows), : rows.shape[1]] = rows
-        self.layout.seq_lens.fill_(1)
-        self.layout.seq_lens[: len(rows)] = batch.layout.seq_lens
+        self.metadata.seq_lens.fill_(1)
+        self.metadata.seq_lens[: len(rows)] = batch.metadata.seq_lens
 
 
 class DecodeGraphs:
@@ -69,9 +70,9 @@ class DecodeGraphs:
 
         They stay valid until the next call.
         """
-        if max(batch.layout.q_lens) > 1:
+        if max(batch.metadata.q_lens) > 1:
             return None
-        size = padded_size(len(batch.layout.q_lens))
+        size = padded_size(len(batch.metadata.q_lens))
         if size not in self._steps:
             self._steps[size] = self._record(size)
         step = self._steps[size]
@@ -86,11 +87,11 @@ class DecodeGraphs:
         device, block_size = self.model.device, self.cache.block_size
         longest = min(self.model.config.max_position_embeddings, self.cache.num_blocks * block_size)
         tables = [[DUMMY_BLOCK] * -(-longest // block_size)] * size
-        layout = AttentionMetadata.build(tables, [1] * size, [longest] * size, block_size=block_size, device=device)
+        metadata = AttentionMetadata.build(tables, [1] * size, [longest] * size, block_size=block_size, device=device)
         tokens, positions = torch.zeros(2, size, dtype=torch.int64, device=device)
-        attend = self.cache.attend(layout)
+        attend = self.cache.attend(metadata)
         replay = capture(lambda: self.model.logits(self.model(tokens, positions, attend)))
-        return StaticStep(tokens, positions, layout, replay)
+        return StaticStep(tokens, positions, metadata, replay)
 
 
 def capture(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:

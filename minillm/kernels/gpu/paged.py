@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import Backend
 from minillm.kernels.gpu.decode import MAX_ROWS, triton_decode
 from minillm.kernels.gpu.prefill import triton_prefill
 from minillm.kernels.gpu.tiles import Share, tile_edge
@@ -35,12 +36,13 @@ def store_kernel(
     tl.store(v_pool_ptr + place, v, mask=stored)
 
 
-def triton_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, layout: AttentionMetadata) -> None:
+def triton_write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, metadata: AttentionMetadata) -> None:
     """Store k and v `[num_tokens, kv_heads, d]` in the pools `[kv_heads, num_blocks, block_size, d]`: one launch."""
     num_tokens, kv_heads, d = k.shape
     k, v = _dense_heads(k), _dense_heads(v)
+    strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_pool.stride(0)
     store_kernel[(num_tokens,)](
-        k, v, k_pool, v_pool, layout.slot_mapping, k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_pool.stride(0),
+        k, v, k_pool, v_pool, metadata.slot_mapping, *strides,
         KV_HEADS=kv_heads, HEADS=triton.next_power_of_2(kv_heads), HEAD_DIM=d, D=tile_edge(d),
     )  # fmt: skip
 
@@ -49,7 +51,7 @@ def triton_attention(
     q: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    layout: AttentionMetadata,
+    metadata: GpuMetadata,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -58,45 +60,43 @@ def triton_attention(
 
     Keys and values are pools `[kv_heads, num_blocks, block_size, d]` in q's dtype.
     """
-    return triton_attention_lse(q, k_pool, v_pool, layout, scale=scale, sliding_window=sliding_window)[0]
+    return triton_attention_lse(q, k_pool, v_pool, metadata, scale=scale, sliding_window=sliding_window)[0]
 
 
 def triton_attention_lse(
     q: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
-    layout: AttentionMetadata,
+    metadata: GpuMetadata,
     *,
     scale: float,
     sliding_window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output like q and log-sum-exp `[num_tokens, heads]` in float32."""
-    group = q.shape[1] // len(k_pool)
-    plan = layout.memo.get(group) or layout.memo.setdefault(group, prepare(layout, group))
-    return attend_stored(q, (k_pool,), (v_pool,), plan, scale=scale, sliding_window=sliding_window)
+    return attend_stored(q, (k_pool,), (v_pool,), metadata, scale=scale, sliding_window=sliding_window)
 
 
-class Plan(NamedTuple):
-    """A step as the kernels take it: made once, read by every layer."""
+@dataclass(frozen=True, eq=False)
+class GpuMetadata(AttentionMetadata):
+    """A step as the kernels take it."""
 
-    metadata: AttentionMetadata
     short: Share  # for the decode kernel
     long: Share  # for the prefill kernel
 
 
-def prepare(metadata: AttentionMetadata, group: int) -> Plan:
-    """Sequences with few queries apart from those with many; group: query heads per key/value head."""
+def prepare(metadata: AttentionMetadata, group: int) -> GpuMetadata:
+    """Requests with few queries apart from those with many; group: query heads per key/value head."""
     busy = [i for i, q_len in enumerate(metadata.q_lens) if q_len]
     short = [i for i in busy if metadata.q_lens[i] <= MAX_ROWS // group]
     long = [i for i in busy if metadata.q_lens[i] > MAX_ROWS // group]
-    return Plan(metadata, Share.of(metadata, short), Share.of(metadata, long))
+    return GpuMetadata(**vars(metadata), short=Share.of(metadata, short), long=Share.of(metadata, long))
 
 
 def attend_stored(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    plan: Plan,
+    metadata: GpuMetadata,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -105,12 +105,15 @@ def attend_stored(
     q = _dense_heads(q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-    for kernel, share in ((triton_decode, plan.short), (triton_prefill, plan.long)):
+    for kernel, share in ((triton_decode, metadata.short), (triton_prefill, metadata.long)):
         if share.q_len:
-            kernel(q, keys, values, plan.metadata, share, out, lse, scale=scale, sliding_window=sliding_window)
+            kernel(q, keys, values, metadata, share, out, lse, scale=scale, sliding_window=sliding_window)
     return out, lse
 
 
 def _dense_heads(x: Tensor) -> Tensor:
     """The kernels take any stride between tokens and heads, but want the elements of a head side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+BACKEND = Backend(triton_attention, triton_write_kv, lambda metadata, _, group: prepare(metadata, group))

@@ -14,19 +14,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minillm.kernels.gpu.paged import Plan, attend_stored, prepare
+from minillm.kernels.gpu.paged import GpuMetadata, attend_stored, prepare
 
-__all__ = ["Plan", "prepare", "quantized_attention"]
+__all__ = ["GpuMetadata", "prepare", "quantized_attention"]
 
 
 def quantized_attention(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
-    plan: Plan,
+    metadata: GpuMetadata,
     *,
     scale: float,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Packed attention: q `[num_tokens, heads, d]` -> like q. `plan` is what `prepare` made of the step."""
-    return attend_stored(q, keys, values, plan, scale=scale, sliding_window=sliding_window)[0]
+    """Packed attention: q `[num_tokens, heads, d]` -> like q. `metadata` is what `prepare` made."""
+    return attend_stored(q, keys, values, metadata, scale=scale, sliding_window=sliding_window)[0]

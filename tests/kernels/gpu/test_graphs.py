@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, PagedAttention
+from minillm.attention import AttentionMetadata, Backend, paged_attention, write_kv
 from minillm.config import POLICIES, EngineConfig
 from minillm.engine.engine import Engine
 from minillm.generate import generate
 from minillm.kernels.gpu import graphs
 from minillm.kernels.gpu.graphs import DecodeGraphs, StaticStep, padded_size
+from minillm.quantization import attention as twin
+from minillm.quantization.cache import QuantizedCache
 from minillm.sampling import SamplingParams
 from tests.engine.test_fuzz import alone_all, tiny_model
 from tests.engine.workloads import Request, Workload, compare, play, random_workload
@@ -26,23 +28,35 @@ from tests.quantization.test_engine import alone_all as alone_in_format
 from tests.quantization.test_engine import in_format
 
 
-def attention_from_tensors(
-    attention: PagedAttention, q: Tensor, keys: Any, values: Any, layout: AttentionMetadata, **options: Any
-) -> Tensor:
-    """Paged attention that believes the layout's tensors only."""
-    true = AttentionMetadata.build(
-        layout.block_tables.tolist(),
-        layout.cu_seqlens_q.diff().tolist(),
-        layout.seq_lens.tolist(),
-        block_size=layout.block_size,
+def from_tensors(metadata: AttentionMetadata) -> AttentionMetadata:
+    """What the tensors of a step say, whatever its host side says."""
+    return AttentionMetadata.build(
+        metadata.block_tables.tolist(),
+        metadata.cu_seqlens_q.diff().tolist(),
+        metadata.seq_lens.tolist(),
+        block_size=metadata.block_size,
     )
-    return attention(q, keys, values, true, **options)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, **options: Any) -> Tensor:
+    return paged_attention(q, keys, values, from_tensors(metadata), **options)
+
+
+def attend_quantised(group: int, q: Tensor, keys: Any, values: Any, metadata: Any, **options: Any) -> Tensor:
+    return twin.quantized_attention(q, keys, values, twin.prepare(from_tensors(metadata), group), **options)
 
 
 def replaying_engine(config: EngineConfig) -> Engine:
     engine = Engine(tiny_model(), config)
-    engine.runner.cache.attention = partial(attention_from_tensors, engine.runner.cache.attention)
-    engine.runner.graphs = DecodeGraphs(engine.model, engine.runner.cache)
+    cache = engine.runner.cache
+    if isinstance(cache, QuantizedCache):
+        cache.prepare, cache.attention = (
+            lambda metadata, _: metadata,
+            partial(attend_quantised, cache.config.group_size),
+        )
+    else:
+        cache.backend = Backend(attend, write_kv)  # type: ignore[attr-defined]
+    engine.runner.graphs = DecodeGraphs(engine.model, cache)
     return engine
 
 
@@ -103,9 +117,9 @@ def test_trap_30_rows_and_columns_behind_the_batch_are_padding() -> None:
     engine.step()
     assert engine.trace[-1].num_tokens == 2
     two = engine.runner.graphs._steps[2]  # type: ignore[union-attr]
-    assert (two.layout.block_tables[:, 3:] == 0).all()
-    assert step.layout.seq_lens.tolist()[3:] == [1] and step.layout.slot_mapping.tolist()[3:] == [0]
-    assert (step.layout.block_tables[3] == 0).all() and (step.layout.block_tables[:, 7:] == 0).all()
+    assert (two.metadata.block_tables[:, 3:] == 0).all()
+    assert step.metadata.seq_lens.tolist()[3:] == [1] and step.metadata.slot_mapping.tolist()[3:] == [0]
+    assert (step.metadata.block_tables[3] == 0).all() and (step.metadata.block_tables[:, 7:] == 0).all()
 
 
 def test_trap_30_tables_are_wide_enough_for_the_longest_sequence() -> None:
@@ -113,19 +127,18 @@ def test_trap_30_tables_are_wide_enough_for_the_longest_sequence() -> None:
     engine = replaying_engine(config)
     longest = engine.model.config.max_position_embeddings
     engine.add([1] * (longest - 1), SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
-    while engine.has_unfinished:
-        engine.step()
-    assert engine.trace[-1].sequences[0].kv_len == longest
+    list(engine.run())
+    assert engine.trace[-1].requests[0].kv_len == longest
 
 
 def _stale_rows(self: StaticStep, batch: Any) -> None:
     """Copies a batch in and leaves what stands behind it."""
-    rows = batch.layout.block_tables
+    rows = batch.metadata.block_tables
     self.tokens[: len(rows)] = batch.tokens
     self.positions[: len(rows)] = batch.positions
-    self.layout.slot_mapping[: len(rows)] = batch.layout.slot_mapping
-    self.layout.seq_lens[: len(rows)] = batch.layout.seq_lens
-    self.layout.block_tables[: len(rows), : rows.shape[1]] = rows
+    self.metadata.slot_mapping[: len(rows)] = batch.metadata.slot_mapping
+    self.metadata.seq_lens[: len(rows)] = batch.metadata.seq_lens
+    self.metadata.block_tables[: len(rows), : rows.shape[1]] = rows
 
 
 def test_stale_rows_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def attend(batch: Packed, *kernels: Kernel, **options: Any) -> tuple[Tensor, Ten
     share = Share.of(batch.layout, busy)
     for kernel in kernels:
         kernel(
-            batch.q, batch.k_pool, batch.v_pool, batch.layout, share, out, lse,
+            batch.q, (batch.k_pool,), (batch.v_pool,), batch.layout, share, out, lse,
             scale=case.scale, sliding_window=case.window, **options,
         )  # fmt: skip
     return out, lse
@@ -217,7 +217,7 @@ MUTANTS = {
     "base of a hidden row": (triton_tiles, 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new"),
     "window off by one": (triton_tiles, "> position[:, None] - window", ">= position[:, None] - window"),
     "causal off by one": (triton_tiles, "<= position[:, None]", "< position[:, None]"),
-    "too many tiles without a mask": (triton_tiles, "seen_by_all = hi, first + 1", "seen_by_all = hi, last + 1"),
+    "too many tiles without a mask": (triton_tiles, "tl.minimum(hi, first + 1)", "tl.minimum(hi, last + 1)"),
     "window's edge without a mask": (triton_tiles, "last - window + 1 - lo, 0", "first - window + 1 - lo, 0"),
     "prefill aligned top-left": (triton_prefill, "offset = kv_len - q_len", "offset = kv_len * 0"),
     "decode aligned top-left": (triton_decode, "offset = kv_len - q_len", "offset = kv_len * 0"),
