@@ -74,7 +74,7 @@ remembers of the prompt. `decode` runs it on one more token. We look at the cloc
 
 # %%
 def write(prompt, new_tokens):
-    """Greedy tokens behind a prompt, and the time at which each was ready."""
+    """Greedy tokens after a prompt, and the time at which each was ready."""
     tokens, arrival, times = [], perf_counter(), []
     logits, memory = prefill(model, prompt)  # phase 1: the whole prompt
     while True:
@@ -262,7 +262,7 @@ print(f"a new token:    {quantity(per_new_token, 'FLOP')}")
 (A FLOP is one multiplication or addition of two numbers. The new token has a little more: a score for each word of the vocabulary is made once per step, and
 prefill shares that among all its tokens.)
 
-The work is nearly the same, the time is not. **Together, tokens are cheap; alone, a token is dear.** A prompt is known, so its tokens go together. A new token is not known
+The work is nearly the same, the time is not. **Together, tokens are cheap; alone, a token is expensive.** A prompt is known, so its tokens go together. A new token is not known
 before the one in front of it is written, so it goes alone. Nearly everything in this course is about that difference: [lesson 05](05_roofline.ipynb) finds its cause.
 
 ## Explore: the same request, longer and longer

@@ -102,8 +102,8 @@ and many older keys. The rule is the same: **the queries are the last tokens**, 
 # %%
 for q_len, kv_len, what in [
     (4, 4, "a prompt of 4"),
-    (2, 4, "2 more tokens behind 2"),
-    (1, 4, "1 token behind 3"),
+    (2, 4, "2 more tokens after 2"),
+    (1, 4, "1 token after 3"),
 ]:
     print(f"{what}:\n{visible(q_len, kv_len).int()}")
 
@@ -180,7 +180,7 @@ def look(token_ids, off=()):
 ## Find the head that copies
 
 24 random tokens, twice. There is nothing to understand in them. The only thing that helps to predict the second half is: find the same token in the first half, and look at what *followed* it. A
-head that does this is called an **induction head** (Olsson et al. 2022). Its score: the weight from each token of the second half to the token behind its first
+head that does this is called an **induction head** (Olsson et al. 2022). Its score: the weight from each token of the second half to the token after its first
 occurrence, on average.
 """
 
@@ -212,7 +212,7 @@ show(
 
 # %% [markdown]
 """
-The framed head draws a line: from each token of the second half to the token *behind* its first occurrence, half a text to the left. Two heads of layer 5 do the same, less
+The framed head draws a line: from each token of the second half to the token *after* its first occurrence, half a text to the left. Two heads of layer 5 do the same, less
 clearly. Others have a line right below the diagonal: they look at the token before. In the first layers attention is spread over what came last.
 
 What would falsify it: a line at another distance, or one in the first half, where there is nothing to copy.
@@ -240,7 +240,7 @@ maps, logits = look(token_ids)
 show(
     head_map(maps[layer, head], texts, f"Layer {layer}, head {head}"),
     alt=f"Map of layer {layer}, head {head} on two Python functions, a row per token. White "
-    "frames mark places behind an earlier token like the one that looks. In the second "
+    "frames mark places after an earlier token like the one that looks. In the second "
     "function they are bright: the last token looks at what followed the first star.",
 )
 
@@ -278,7 +278,7 @@ for what, off in {
 
 # %% [markdown]
 """
-The next word comes from these few heads. And they are not alone: to find “the token behind the same token”, a key has to know which token stood *before* it. That is the work of heads in earlier
+The next word comes from these few heads. And they are not alone: to find “the token after the same token”, a key has to know which token stood *before* it. That is the work of heads in earlier
 layers that look one token back. Without the two best of them, the copying head finds nothing.
 """
 
@@ -498,7 +498,7 @@ print("taking turns:", repr(write(taking_turns, text)))
 ## How others do it
 
 * **PyTorch**, `torch.nn.functional.scaled_dot_product_attention`: `is_causal=True` aligns **top-left**, which is mutant 1 for a decode step; `enable_gqa=True` shares keys as above.
-* **vLLM**, `vllm/model_executor/models/llama.py`: `LlamaAttention` projects, rotates and calls `self.attn(q, k, v)`; the backend behind it knows who sees whom. The backends are in
+* **vLLM**, `vllm/model_executor/models/llama.py`: `LlamaAttention` projects, rotates and calls `self.attn(q, k, v)`; the backend that it calls knows who sees whom. The backends are in
   `vllm/v1/attention/backends/`.
 * **SGLang**, `python/sglang/srt/layers/radix_attention.py`: the same seam, `RadixAttention`; the backends are in `python/sglang/srt/layers/attention/`.
 * **llama.cpp**, `src/llama-graph.cpp`, `build_attn_mha`: `ggml_mul_mat`, `ggml_soft_max_ext` with the mask as a tensor, `ggml_mul_mat`.

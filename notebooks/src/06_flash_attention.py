@@ -15,7 +15,6 @@ and finds out what that saves and what it does not.
 from functools import partial
 
 import torch
-from minillm.kernels.cpu.sdpa import sdpa_attention
 
 from minillm import load_model, load_tokenizer
 from minillm.attention.reference import naive_attention
@@ -25,6 +24,7 @@ from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, prefill_curve
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.figures.tiles import TileCost, softmax_strip, tile_cost, tile_order
+from minillm.kernels import sdpa
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.hardware import describe_machine
@@ -165,7 +165,7 @@ for name, shape in {
 ## The package's version
 
 `minillm/attention/tiled.py` is the toy with matrices: a tile of queries for a tile of keys, all heads in one product. Here it
-is against the textbook, on random input: whole prompts, a chunk behind a longer past, one query, grouped heads, tiles that do not
+is against the textbook, on random input: whole prompts, a chunk after a longer past, one query, grouped heads, tiles that do not
 fit.
 """
 
@@ -336,7 +336,7 @@ best height is the largest whose scores still fit into the fastest memory that i
 The textbook's matrix stands far above on both sides.
 
 What would falsify it: points off the line on the left. They are integers and must be equal. The panel on the right says whether the
-assumption behind the left one holds on this machine: what a tile holds must fit into a cache.
+assumption of the left one holds on this machine: what a tile holds must fit into a cache.
 """
 
 # %%

@@ -165,7 +165,7 @@ def attention_kernel(
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, D], tl.float32)
-    end = tl.minimum((tile + 1) * ROWS, n)  # what lies behind is the future of every row
+    end = tl.minimum((tile + 1) * ROWS, n)  # what comes after is the future of every row
     for start in range(0, end, KEYS):
         key = start + tl.arange(0, KEYS)
         there = first + key[:, None] * D + dim[None, :]
@@ -248,7 +248,7 @@ What would falsify it: a white tile below the diagonal, or two bands in one plac
 ## The package's version
 
 `minillm/kernels/gpu/prefill.py` is this kernel with three things more: keys are found through a block table (lesson 09), the query heads of a group are rows of one
-tile, so that their keys are read once, and only tiles on an edge pay for a mask. Here it is against the textbook, with grouped heads and a chunk behind a longer past.
+tile, so that their keys are read once, and only tiles on an edge pay for a mask. Here it is against the textbook, with grouped heads and a chunk after a longer past.
 """
 
 # %%
@@ -503,7 +503,7 @@ The last tile is only partly there. Mask the load *and* set the scores of what i
 
 <details><summary>Hint 3: the last rows are NaN</summary>
 
-Rows behind the last query have no key they may see, so `l` is 0. They are never stored: the mask of `tl.store` keeps them out. If they come out, that mask is wrong.
+Rows after the last query have no key they may see, so `l` is 0. They are never stored: the mask of `tl.store` keeps them out. If they come out, that mask is wrong.
 
 </details>
 """

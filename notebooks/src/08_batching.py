@@ -41,9 +41,9 @@ print(this_machine())
 """
 ## Predict
 
-A decode step writes one token for each sequence in the batch. With one sequence it takes some time.
+A decode step writes one token for each request in the batch. With one request it takes some time.
 
-**How many times that long does a step take with sixteen sequences of 128 tokens?** (A model of 135 million weights, on this machine.)
+**How many times that long does a step take with sixteen requests of 128 tokens?** (A model of 135 million weights, on this machine.)
 """
 
 # %%
@@ -53,7 +53,7 @@ guess = predict("time of a decode step, batch 16 over batch 1", ..., "×")
 """
 ## A toy: two seats, four requests
 
-Four requests want 2, 5, 1 and 3 tokens. The batch has two *seats*: places for sequences that run at the same time. A step gives one token to
+Four requests want 2, 5, 1 and 3 tokens. The batch has two *seats*: places for requests that run at the same time. A step gives one token to
 everybody who sits. The old way starts two requests together and waits until both are done. The new way lets the next one sit down as soon as a seat
 is free.
 """
@@ -130,7 +130,7 @@ A batch that is padded to a common length would *compute* its empty seats. This 
 
 ## Shapes: a batch without padding
 
-The sequences of a step are *packed*: their tokens lie one after the other, in one long row. Every matrix product sees that row. Only attention has to know where one sequence ends.
+The requests of a step are *packed*: their tokens lie one after the other, in one long row. Every matrix product sees that row. Only attention has to know where one request ends.
 """
 
 # %%
@@ -241,7 +241,7 @@ guess.against(short[16] / short[1])
 # %% [markdown]
 """
 Squares first: a step for sixteen takes far less than sixteen times a step for one, because the weights are read once for all. That is the gain. Each of the sixteen waits longer for each token than if it were alone:
-that is the price. Then the diamonds: with a longer context the price is higher, because **every sequence brings its own keys and values, and those are shared with nobody**.
+that is the price. Then the diamonds: with a longer context the price is higher, because **every request brings its own keys and values, and those are shared with nobody**.
 
 ## Who gains, and who does not
 
@@ -376,7 +376,7 @@ check("ex08")
 
 # %%
 def greedy(tokens, new=10):
-    """New text behind these tokens."""
+    """New text after these tokens."""
     logits, cache = prefill(model, tokens)
     written = [int(logits.argmax())]
     while len(written) < new:
@@ -392,7 +392,7 @@ for text in ("def area(width, height):\n    return", "for key, value in"):
 """
 The text of a request depends on the length of its neighbour's. It is often not even wrong enough to be noticed.
 
-**Mutant 2: results one row too late.** The packed row has one logit vector per sequence, and a wrong offset hands each sequence its neighbour's token.
+**Mutant 2: results one row too late.** The packed row has one logit vector per request, and a wrong offset hands each request its neighbour's token.
 """
 
 # %%
@@ -421,7 +421,7 @@ With one request at a time nothing is wrong: rolling a list of one changes nothi
 
 ## How others do it
 
-* **vLLM**, `vllm/v1/core/sched/scheduler.py` decides who takes part; `vllm/v1/worker/gpu_model_runner.py` packs the step. No padding between sequences.
+* **vLLM**, `vllm/v1/core/sched/scheduler.py` decides who takes part; `vllm/v1/worker/gpu_model_runner.py` packs the step. No padding between requests.
 * **SGLang**, `python/sglang/srt/managers/scheduler.py` and `schedule_batch.py`: the same idea; a new batch of prompts is merged into the running one.
 * **llama.cpp**, `tools/server/`: seats are called slots; `update_slots` fills one batch with the tokens of all of them.
 * **transformers**, `src/transformers/generation/continuous_batching/`; its plain `generate` on a list of prompts is a static, padded batch.
@@ -431,7 +431,7 @@ With one request at a time nothing is wrong: rolling a list of one changes nothi
 
 <details><summary>1. Why does a larger batch help decode much more than prefill?</summary>
 
-A prompt of a thousand tokens already has a thousand rows for each weight that is read. A decode has one. Sequences of a batch and tokens of a prompt are the same thing to a matrix.
+A prompt of a thousand tokens already has a thousand rows for each weight that is read. A decode has one. Requests of a batch and tokens of a prompt are the same thing to a matrix.
 
 </details>
 

@@ -6,8 +6,8 @@
 
 40 minutes · needs 03 and 08 · runs offline on a CPU
 
-Every sequence keeps keys and values of all its tokens, and nobody knows beforehand how many tokens that will be. This lesson
-gives memory to sequences that come, grow and go; counts how much of it stands empty; and cuts it into blocks, so that
+Every request keeps keys and values of all its tokens, and nobody knows beforehand how many tokens that will be. This lesson
+gives memory to requests that come, grow and go; counts how much of it stands empty; and cuts it into blocks, so that
 nearly none does.
 """
 
@@ -54,13 +54,13 @@ guess = predict("memory that holds no token, if the longest length is set aside"
 """
 ## A toy: sixteen places
 
-Sequences come and go in a memory of 16 places. First everybody needs a run of neighbours. A dot is a free place.
+Requests come and go in a memory of 16 places. First everybody needs a run of neighbours. A dot is a free place.
 """
 
 
 # %%
 def place(memory, name, size):
-    """Put a sequence into the first run of neighbours that is long enough."""
+    """Put a request into the first run of neighbours that is long enough."""
     for start in range(len(memory) - size + 1):
         if set(memory[start : start + size]) == {"."}:
             memory[start : start + size] = name * size
@@ -81,7 +81,7 @@ print("D needs 6, fits?  ", place(memory, "D", 6))
 Seven places are free and six are needed, and yet D does not fit: they are no neighbours. This is *external fragmentation*.
 And the toy was kind. It knew every length beforehand; an engine does not, so it would have to set aside the longest one.
 
-Now the same memory in **blocks** of two places. A sequence owns a list of blocks, its **block table**. The blocks need not
+Now the same memory in **blocks** of two places. A request owns a list of blocks, its **block table**. The blocks need not
 be neighbours.
 """
 
@@ -102,7 +102,7 @@ for name, size in (("A", 5), ("B", 4), ("C", 4), ("-B", 0), ("D", 6)):
 # %% [markdown]
 """
 D gets what B left and the block at the end: a table holds it together. The price is an empty place in the last block of A. That is
-the only kind of waste there is, and it is less than one block for each sequence.
+the only kind of waste there is, and it is less than one block for each request.
 
 ## The engine's allocator
 
@@ -122,7 +122,7 @@ engine = Engine(model, EngineConfig(num_blocks=25, block_size=4, enable_prefix_c
 
 
 def snapshot(engine):
-    """The pool, and of each running sequence its table and the tokens whose KV lies there."""
+    """The pool, and of each running request its table and the tokens whose KV lies there."""
     running = engine.scheduler.running
     holders = {s.request_id: (s.table, s.tokens[: s.num_computed]) for s in running}
     return PoolSnapshot.take(engine.pool, holders)
@@ -146,16 +146,16 @@ for name, table in frames[18].tables.items():
 show(
     block_map(frames[18]),
     alt="Three tables of blocks in a row, and below them the pool of 24 blocks. Lines lead "
-    "from each logical block to its physical one; the lines of different sequences cross. Only "
+    "from each logical block to its physical one; the lines of different requests cross. Only "
     "last blocks are partly filled.",
 )
 
 # %% [markdown]
 """
-Above, each sequence as it sees itself: block after block. The number in a block is its place in the pool below. A block is coloured
-as far as it holds tokens, so white is waste. Follow the lines of one sequence: its blocks are wherever others had gone.
+Above, each request as it sees itself: block after block. The number in a block is its place in the pool below. A block is coloured
+as far as it holds tokens, so white is waste. Follow the lines of one request: its blocks are wherever others had gone.
 
-What would falsify the title: a sequence that cannot be placed although enough blocks are free.
+What would falsify the title: a request that cannot be placed although enough blocks are free.
 """
 
 # %%
@@ -171,14 +171,14 @@ for before, now in zip([None, *changes], changes, strict=False):
     captions.append(f"step {now}: {', '.join(words)}")
 show(
     pool_strip([frames[i] for i in changes], captions),
-    alt="The pool of 24 blocks when sequences came or went, a row for each step. Letters "
-    "show who owns a block. Blocks of sequences that have gone are taken by those that come.",
+    alt="The pool of 24 blocks when requests came or went, a row for each step. Letters "
+    "show who owns a block. Blocks of requests that have gone are taken by those that come.",
 )
 
 # %% [markdown]
 """
-Time runs downwards. Follow one column: a block belongs to one sequence, is free, belongs to another. Follow one letter: once given, a
-block keeps its place until its sequence ends. Nothing is ever moved to make room.
+Time runs downwards. Follow one column: a block belongs to one request, is free, belongs to another. Follow one letter: once given, a
+block keeps its place until its request ends. Nothing is ever moved to make room.
 
 ## From a position to a place
 
@@ -221,7 +221,7 @@ write_kv(
 
 
 def read_attention(query, k_pool, v_pool, table, length):
-    """The newest token's attention over all of its sequence: [heads, head_dim]."""
+    """The newest token's attention over all tokens of its request: [heads, head_dim]."""
     size = k_pool.shape[2]
     slots = [table[p // size] * size + p % size for p in range(length)]
     keys, values = k_pool.flatten(1, 2)[:, slots], v_pool.flatten(1, 2)[:, slots]
@@ -279,8 +279,8 @@ for row in rows:
 # %%
 show(
     paging_figure(rows),
-    alt="Left: empty places per sequence against block size, on the line (B - 1) / 2 from 0 "
-    f"to {rows[-1].waste:.0f}. Right: sequences that fit in 65,536 places, "
+    alt="Left: empty places per request against block size, on the line (B - 1) / 2 from 0 "
+    f"to {rows[-1].waste:.0f}. Right: requests that fit in 65,536 places, "
     f"{rows[4].num_fit} with blocks of 16 and {rows[-1].num_fit} with one block each.",
 )
 
@@ -302,7 +302,7 @@ guess.against(100 * rows[-1].waste_share)
 ## Why not blocks of one token?
 
 They waste nothing. But a table has an entry per block, and gathering many small pieces is slower than reading a few large ones. One
-layer's decode attention for 8 sequences of 2,048 tokens, blocks shuffled over the pool, against the same tokens lying side by side:
+layer's decode attention for 8 requests of 2,048 tokens, blocks shuffled over the pool, against the same tokens lying side by side:
 """
 
 # %%
@@ -345,7 +345,7 @@ The same run as above. Move the slider through its steps.
 busy = [number for number, frame in enumerate(frames) if frame.tables]
 explore(
     lambda step: block_map(frames[step]),
-    alt="The tables and the pool after several steps of the run: sequences come, grow block by "
+    alt="The tables and the pool after several steps of the run: requests come, grow block by "
     "block, and leave; their blocks are taken by others.",
     step=busy,
 )
@@ -392,7 +392,7 @@ show_card(CLAIMS["A22"].card(bench))
 You write the pool, `blocks_to_add`, `slot_mapping`, `write_kv` and `paged_decode_attention`. Work on it with
 `minillm lab test ex09`, or run the cell below.
 
-<details><summary>Hint 1: when does a sequence need a new block?</summary>
+<details><summary>Hint 1: when does a request need a new block?</summary>
 
 When it has more tokens than its blocks have places: `tokens / B`, rounded *up*, less the blocks that it has. The token that
 exactly fills a block needs no new one.
@@ -408,7 +408,7 @@ Position `p` lies in the table's entry `p // B`, and that entry is a number of a
 
 <details><summary>Hint 3: my output changes from run to run</summary>
 
-You read places behind the last token. They hold what somebody else left there. Cut at the length, not at the end of the block.
+You read places after the last token. They hold what somebody else left there. Cut at the length, not at the end of the block.
 
 </details>
 """
@@ -422,7 +422,7 @@ check("ex09")
 """
 ## Break it
 
-**Mutant 1: a block is given to two sequences**, as happens when it is given back twice. Two prompts are written at the same time, once with tables of
+**Mutant 1: a block is given to two requests**, as happens when it is given back twice. Two prompts are written at the same time, once with tables of
 their own, once with one block in common.
 """
 
@@ -430,7 +430,7 @@ their own, once with one block in common.
 # %%
 @torch.inference_mode()
 def write_two(tables, prompts, new=16):
-    """Greedy tokens of two sequences, computed by the model through these tables."""
+    """Greedy tokens of two requests, computed by the model through these tables."""
     cache = Engine(model, EngineConfig(num_blocks=12, block_size=8)).runner.cache
     texts, starts = [list(prompt) for prompt in prompts], [0, 0]
     for _ in range(new):
@@ -455,7 +455,7 @@ for name, good, bad in zip("AB", right, wrong, strict=True):
 
 # %% [markdown]
 """
-Nothing raises: every slot exists, every shape fits. One sequence reads the other's keys and goes on from a text that is not its
+Nothing raises: every slot exists, every shape fits. One request reads the other's keys and goes on from a text that is not its
 own. This is why blocks are counted, and why the engine's tests recompute all counts after every step.
 
 **Mutant 2: read to the end of the last block.** The empty places hold zeros in a new cache, and what the last owner left in a used one.
@@ -466,7 +466,7 @@ rounded_up = len(table) * k_pool.shape[2]
 outputs = []
 for leftover in (0.0, 1.0, -1.0):
     used_keys, used_values = k_pool.clone(), v_pool.clone()
-    used_keys[:, 4, 2:] = leftover  # the two places behind the last token, in block 4
+    used_keys[:, 4, 2:] = leftover  # the two places after the last token, in block 4
     used_values[:, 4, 2:] = leftover
     right = read_attention(query[0], used_keys, used_values, table, length)
     wrong = read_attention(query[0], used_keys, used_values, table, rounded_up)
@@ -491,13 +491,13 @@ a server a user's text depends on a stranger's, and never twice in the same way.
 
 ## Three questions
 
-<details><summary>1. Does paging make attention of one sequence faster?</summary>
+<details><summary>1. Does paging make attention of one request faster?</summary>
 
-No. It reads the same bytes, through one more look-up. It makes room for more sequences in a batch.
+No. It reads the same bytes, through one more look-up. It makes room for more requests in a batch.
 
 </details>
 
-<details><summary>2. Blocks of 16: what does a sequence of 33 tokens hold, and what is wasted?</summary>
+<details><summary>2. Blocks of 16: what does a request of 33 tokens hold, and what is wasted?</summary>
 
 Three blocks, 48 places. 15 are empty.
 
@@ -505,7 +505,7 @@ Three blocks, 48 places. 15 are empty.
 
 <details><summary>3. Why is a cache without blocks the same as one with very large blocks?</summary>
 
-Because it sets aside the same for everybody. One block as long as the longest sequence is exactly that, so the same allocator counts both.
+Because it sets aside the same for everybody. One block as long as the longest request is exactly that, so the same allocator counts both.
 
 </details>
 

@@ -8,7 +8,7 @@
 
 Thousands of requests begin with the same instructions, and every turn of a conversation begins with all turns before it. Their
 keys and values are in the cache already, in blocks. This lesson gives blocks names, so that they are found again; lets several
-sequences hold one block; and measures what that saves, and when it saves nothing.
+requests hold one block; and measures what that saves, and when it saves nothing.
 """
 
 # %%
@@ -77,19 +77,19 @@ for text in ("ab cd ef", "ab cd xy", "zz cd ef"):
 
 # %% [markdown]
 """
-The second text shares two blocks with the first. The third has the block `cd` and the block `ef`, and neither is known: they stand behind `zz`. A
+The second text shares two blocks with the first. The third has the block `cd` and the block `ef`, and neither is known: they stand after `zz`. A
 look-up walks from the beginning and ends at the first unknown name.
 
 ## The tree that the engine keeps
 
 Three requests with a common beginning arrive one after the other at the package's engine, with blocks of 8 tokens. A snapshot after some steps shows
-which blocks there are and how many sequences hold each: its **reference count**.
+which blocks there are and how many requests hold each: its **reference count**.
 """
 
 
 # %%
 def snapshot(engine):
-    """The pool, and of each running sequence its table and the tokens whose KV lies there."""
+    """The pool, and of each running request its table and the tokens whose KV lies there."""
     holders = {}
     for s in engine.scheduler.running:
         name = s.request_id if s.params.n == 1 else f"{s.request_id}{s.index}"
@@ -126,7 +126,7 @@ moments = {0: "A is read", 4: "B and C have come", 16: "all have ended"}
 show(
     prefix_trees([frames[i] for i in moments], list(moments.values()), tokenizer.decode),
     alt="Trees of blocks at three moments. First a chain of blocks held by A. Then the first "
-    "blocks are held by three sequences and the tree branches behind them. At the end nobody "
+    "blocks are held by three requests and the tree branches after them. At the end nobody "
     "holds a block, and the tree is still remembered.",
 )
 
@@ -134,7 +134,7 @@ show(
 """
 A box is a block: the beginning of its text, its number in the pool, and how many tables hold it. Dots are blocks that several hold. They were computed once.
 
-The last tree is the surprising one. All sequences have ended, all counts are zero, every block is **free**, and still the engine knows what is in it. A free
+The last tree is the surprising one. All requests have ended, all counts are zero, every block is **free**, and still the engine knows what is in it. A free
 block is remembered until somebody needs its memory. What would falsify the figure: other text with the cache than without.
 """
 
@@ -152,7 +152,7 @@ print("the same tokens without a prefix cache:", alone == written)
 """
 ## One prompt, three continuations
 
-A request may ask for several completions (`n=3`). The prompt is computed once, then the sequence is *forked*: three tables, the same blocks, the
+A request may ask for several completions (`n=3`). The prompt is computed once, then the request is *forked*: three tables, the same blocks, the
 half-filled last one included. Each is about to write its own token into that block.
 """
 
@@ -172,7 +172,7 @@ show(
         ["the prompt was read once, for three", "each has written a token of its own"],
         tokenizer.decode,
     ),
-    alt="Two trees. First both blocks of the prompt are held by three sequences. One step later "
+    alt="Two trees. First both blocks of the prompt are held by three completions. One step later "
     "the first is still held by three, and the second has become three blocks: two are copies.",
 )
 
@@ -373,7 +373,7 @@ check("ex10")
 ## Break it
 
 **Mutant 1: names without parents.** Blocks are named by their own tokens alone. Three prompts of two blocks each: *A S*, then *B Q*, then *B S*. The third finds *B*, rightly, and then *S*, whose keys were computed
-behind *A*.
+after *A*.
 """
 
 
@@ -397,7 +397,7 @@ pieces = {  # eight tokens each: two blocks make a prompt
 
 
 def third_text(name_class):
-    """What the engine writes behind B S, and how many tokens it found there."""
+    """What the engine writes after B S, and how many tokens it found there."""
     right, blocks.Prefix = blocks.Prefix, name_class
     try:
         engine = Engine(model, EngineConfig(num_blocks=64, block_size=8))
@@ -462,7 +462,7 @@ No. The keys in it depend on the first block. Its name does, too.
 
 </details>
 
-<details><summary>2. All sequences have ended. How many blocks are free, and how many hits can the next prompt have?</summary>
+<details><summary>2. All requests have ended. How many blocks are free, and how many hits can the next prompt have?</summary>
 
 All are free. As many as before: free blocks are remembered until their memory is needed.
 

@@ -141,7 +141,7 @@ falsify the title: different blue areas, or other tokens for anybody (printed ab
 
 ## Shapes: what a chunk is
 
-There is no prefill phase in this engine. A sequence has `num_tokens` tokens, of which `num_computed` are in the cache, and a step moves the second number towards the first. A chunk, a whole prompt and a decode differ in
+There is no prefill phase in this engine. A request has `num_tokens` tokens, of which `num_computed` are in the cache, and a step moves the second number towards the first. A chunk, a whole prompt and a decode differ in
 nothing but two numbers: new tokens (`q_len`) and tokens that the last of them sees (`kv_len`).
 """
 
@@ -161,7 +161,7 @@ Only the chunk that contains the prompt's last token draws one. In the middle of
 
 ## The same logits, computed in pieces
 
-One function, `extend`, takes any number of tokens behind any cache. Whole, and in chunks of 100 and of 7:
+One function, `extend`, takes any number of tokens after those in any cache. Whole, and in chunks of 100 and of 7:
 """
 
 # %%
@@ -213,7 +213,7 @@ not small. It is as small as the gaps require.
 
 ## Measure: who waits how long
 
-Four sequences decode, and a prompt of 512 tokens arrives among them, under several budgets in turns. We note when everybody got tokens. TTFT is the newcomer's time to first token. The line is what this machine allows at best.
+Four requests decode, and a prompt of 512 tokens arrives among them, under several budgets in turns. We note when everybody got tokens. TTFT is the newcomer's time to first token. The line is what this machine allows at best.
 """
 
 # %%
@@ -237,7 +237,7 @@ for row in rows:
 # %%
 show(
     stall_figure(rows, 512, [stalls.bound(row, roof) for row in rows]),
-    alt="Marks for every token of four sequences over time. With the prompt first there is a "
+    alt="Marks for every token of four requests over time. With the prompt first there is a "
     "gap as long as its prefill. Below, TTFT against longest gap: smaller budgets "
     "shorten the gap and lengthen the TTFT.",
 )
@@ -344,7 +344,7 @@ show(
 
 # %% [markdown]
 """
-When a step needs a block and none is free, the *youngest* sequence gives all of its own back and goes to the head of the queue (*preemption*). Its tokens are kept, their keys are computed again later: crossed blue. The oldest always gets on, so
+When a step needs a block and none is free, the *youngest* request gives all of its own back and goes to the head of the queue (*preemption*). Its tokens are kept, their keys are computed again later: crossed blue. The oldest always gets on, so
 nobody starves.
 
 ## Explore: the budget
@@ -365,7 +365,7 @@ explore(
 """
 ## On a napkin
 
-An H200 (4.8 TB/s, 989 TFLOP/s by its data sheet) serves Llama 3.1 8B to 64 decoding sequences of 2,000 tokens. A prompt of 32,000 tokens arrives. How long is the longest gap if it goes first, at best? And with a budget of 2,048? How much longer does
+An H200 (4.8 TB/s, 989 TFLOP/s by its data sheet) serves Llama 3.1 8B to 64 decoding requests of 2,000 tokens. A prompt of 32,000 tokens arrives. How long is the longest gap if it goes first, at best? And with a budget of 2,048? How much longer does
 the newcomer wait?
 """
 
@@ -419,7 +419,7 @@ Subtract the decodes *before* you cut the prompt, and cut with what is left, not
 
 </details>
 
-<details><summary>Hint 3: whom do I push out?</summary>
+<details><summary>Hint 3: whom do I preempt?</summary>
 
 The youngest first, and all of its blocks. Stop as soon as there are enough. Never somebody older than the one who needs the blocks.
 
@@ -455,14 +455,14 @@ for policy in ("mixed", "prefill_first"):
 """
 Every step is small, and A waits through all of them: one long gap in several short steps. Cutting alone does nothing. **Decodes first** is what removes the stall; cutting makes it possible.
 
-**Mutant 2: draw a token behind every chunk.** The last row of a chunk has logits, too. Somebody draws from them and goes on.
+**Mutant 2: draw a token after every chunk.** The last row of a chunk has logits, too. Somebody draws from them and goes on.
 """
 
 
 # %%
 @torch.inference_mode()
 def write_in_chunks(tokens, chunk, draw_always, new=10):
-    """Greedy text behind a prompt that is read in chunks."""
+    """Greedy text after a prompt that is read in chunks."""
     cache = ContiguousCache(config, capacity=200, device=model.device, dtype=model.dtype)
     waiting, written = list(tokens), []
     while len(written) < new:

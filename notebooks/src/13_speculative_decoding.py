@@ -54,8 +54,8 @@ print(this_machine())
 """
 ## Predict
 
-A model of 135 million weights decodes one sequence. A plain step works on one token. A *check* of four guesses works on
-five: the newest token and the four behind it. That is five times the arithmetic.
+A model of 135 million weights decodes one request. A plain step works on one token. A *check* of four guesses works on
+five: the newest token and the four after it. That is five times the arithmetic.
 
 **How many times as long does the check take?** Write your number in place of the dots.
 """
@@ -87,11 +87,11 @@ print(f"{len(rhyme) - 8} letters in {checks} looks at the model, none wrong: {sa
 # %% [markdown]
 """
 Look at what makes this safe. The guesser decides nothing. At each place the model says its own letter, and a guess counts
-only if it is that letter. A wrong guess costs the guesses behind it, for they were made for another text. And every look
+only if it is that letter. A wrong guess costs the guesses after it, for they were made for another text. And every look
 brings at least one letter, because **the model's own letter at the first wrong place is right by definition**.
 
 The guesses are called *drafts*. Their number is γ (gamma). The token that replaces a wrong draft is *recovered*; the one
-behind drafts that were all right is a *bonus*.
+after drafts that were all right is a *bonus*.
 
 ## The real model
 
@@ -125,13 +125,13 @@ show(
     verification_lanes(looked_up[1:6], texts),
     alt="Five rounds of speculation, two lanes each. Violet cells are accepted guesses, a white "
     "struck-out cell is a rejected one. Amber is the model's own token: recovered in place of "
-    "the rejected guess, or a bonus behind guesses that were all right.",
+    "the rejected guess, or a bonus after guesses that were all right.",
 )
 
 # %% [markdown]
 """
 Read a round from left to right. A violet cell with an **A** is a guess that the model would have written itself. The
-first wrong guess is struck out, the ones behind it are void, and below it in amber stands what the model says there. The
+first wrong guess is struck out, the ones after it are void, and below it in amber stands what the model says there. The
 times on the right are measured: what guessing took, and what the check took, however many guesses were right.
 
 What would prove the figure wrong: an amber token below a guess that says the same.
@@ -154,7 +154,7 @@ show(
 # %% [markdown]
 """
 It guesses where the text has never stood before, which no lookup can. It is wrong more often, and look at the times:
-on a CPU a step of a tiny model is mostly overhead, so four draft steps are dear. We come back to that.
+on a CPU a step of a tiny model is mostly overhead, so four draft steps are expensive. We come back to that.
 
 ## What a check looks like to the engine
 
@@ -178,14 +178,14 @@ print(f"accepted: {part.num_accepted}, so {after} tokens of the cache count afte
 """
 ## Speculation in a dozen lines
 
-One sequence, greedy, on the contiguous cache of lesson 03. `roll_back` is there for a mutant below; leave it.
+One request, greedy, on the contiguous cache of lesson 03. `roll_back` is there for a mutant below; leave it.
 """
 
 
 # %%
 @torch.inference_mode()
 def speculate(tokens, new, guesser, roll_back=True):
-    """`new` greedy tokens behind these; guesser(tokens) -> a few guesses."""
+    """`new` greedy tokens after these; guesser(tokens) -> a few guesses."""
     tokens, end = list(tokens), len(tokens) + new
     _, cache = prefill(model, tokens[:-1])
     while len(tokens) < end:
@@ -281,7 +281,7 @@ print("sampled, n-gram = one by one, same seed:", drawn == list(generate(model, 
 ## Measure: what does a check cost?
 
 A model of 135 million random weights, which no cache of the processor holds: a plain step reads them all from memory. We time steps
-that check 0 to 8 guesses, for one sequence and for sixteen. The formula knows two numbers of this machine, byte/s
+that check 0 to 8 guesses, for one request and for sixteen. The formula knows two numbers of this machine, byte/s
 and FLOP/s, and takes the longer of the two times (lesson 05).
 """
 
@@ -318,7 +318,7 @@ show(
         y_scale="linear",
     ),
     alt="Time of a check over that of a plain step, against guesses, for batches of 1 and 16. "
-    f"At four guesses it is {alone:.1f} for one sequence and {many:.1f} for sixteen.",
+    f"At four guesses it is {alone:.1f} for one request and {many:.1f} for sixteen.",
 )
 
 # %%
@@ -326,7 +326,7 @@ guess.against(alone)
 
 # %% [markdown]
 """
-For one sequence the step waits for weights, and more rows ride along. For sixteen it already works on sixteen rows;
+For one request the step waits for weights, and more rows ride along. For sixteen it already works on sixteen rows;
 times five is eighty, and now the arithmetic is what it waits for. **Speculation spends arithmetic that would lie idle. A
 batch spends it, too.** Points need not lie on the lines, because neither step runs at its bound. Below them the plain step loses
 more: it starts as many operators for fewer rows. Above them the check does.
@@ -440,7 +440,7 @@ for who in ("ngram", "draft"):
 """
 It loses where a guess and its check cost next to nothing: a lookup, one request alone. There the additional steps are all it brings.
 
-**Trees.** A chain is a bet on one continuation. A *tree* bets on several: its nodes are packed behind the text, each sees its
+**Trees.** A chain is a bet on one continuation. A *tree* bets on several: its nodes are packed after the text, each sees its
 ancestors only, and stands at the position of its depth. One step checks them all (`minillm.speculative.tree`). Eight
 guesses, spent in two ways:
 """
@@ -452,7 +452,7 @@ def chain(text):
 
 
 def fork(text):
-    """The two likeliest next tokens, and three more behind each."""
+    """The two likeliest next tokens, and three more after each."""
     first = prefill(small, text)[0].topk(2).indices.tolist()
     three = SamplingParams(temperature=0, max_tokens=3)
     return [[token, *generate(small, [*text, token], three)] for token in first]
@@ -475,7 +475,7 @@ for guesser in (chain, fork):
 """
 A fork saves the round in which the likeliest first guess is wrong, and is short where it is right. Compare the two numbers: with this
 draft model they are close, and a tree needs a mask and moves keys about. So the engine of this course checks chains. EAGLE's heads guess
-well enough to fill trees, and one sequence on a large GPU has arithmetic to spare.
+well enough to fill trees, and one request on a large GPU has arithmetic to spare.
 
 ## Explore: another temperature for the guesser
 
@@ -510,7 +510,7 @@ A draft model is right with probability 0.8 and costs a tenth of a step. Which �
 H200: from which batch on does checking four guesses cost?
 
 By hand: E of γ = 4 is 1 + 0.8 + 0.64 + 0.51 + 0.41. For the second part, the ridge of the H200 is 989 TFLOP/s over
-4.8 TB/s (data sheet), a weight of 2 bytes makes 2 FLOP for each row, and a check has 5 rows per sequence.
+4.8 TB/s (data sheet), a weight of 2 bytes makes 2 FLOP for each row, and a check has 5 rows per request.
 """
 
 # %%

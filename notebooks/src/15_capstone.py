@@ -48,7 +48,7 @@ print(this_machine())
 """
 ## Predict
 
-Fourteen requests come at once. Eight may run together, but the engine gets only 20 blocks of 16 tokens for their keys. When blocks run out it pushes somebody out, throws all of its keys away, and computes them again later.
+Fourteen requests come at once. Eight may run together, but the engine gets only 20 blocks of 16 tokens for their keys. When blocks run out it *preempts* a request: it throws all of its keys away, and computes them again later.
 
 **How many times as many tokens does it compute as with plenty of blocks?**
 """
@@ -136,7 +136,7 @@ for blocks, (engine, tokens, _) in runs.items():
 
 # %% [markdown]
 """
-Does the second engine still say the same? A request's text must not depend on who else is served, on blocks, or on having been preempted: its blocks taken back and its keys computed again (lesson 11). The judge is `generate`, the loop for one sequence of lesson 03, which knows neither blocks nor neighbours.
+Does the second engine still say the same? A request's text must not depend on who else is served, on blocks, or on having been preempted: its blocks taken back and its keys computed again (lesson 11). The judge is `generate`, the loop for one request of lesson 03, which knows neither blocks nor neighbours.
 """
 
 # %%
@@ -254,7 +254,7 @@ sizes, measured, _ = times["decode"]
 gain = measured[0] / sizes[0] / (measured[-1] / sizes[-1])
 show(
     curves(
-        f"{sizes[-1]} sequences in a step: {gain:.1f} times the tokens of one in the same time",
+        f"{sizes[-1]} requests in a step: {gain:.1f} times the tokens of one in the same time",
         [
             decode_curve("decodes only", *times["decode"]),
             prefill_curve("with a prompt", *times["prompt"]),
@@ -432,43 +432,42 @@ Paths of vLLM are below `vllm/`, those of SGLang below `python/sglang/srt/`. Fil
 |---|---|
 | **a request comes in** |  |
 | `llm.py` | `entrypoints/llm.py`<br>`entrypoints/engine.py` |
-| `sampling.py`, `outputs.py` | `sampling_params.py`, `outputs.py`<br>`sampling/sampling_params.py`, `managers/io_struct.py` |
+| `prompts.py`, `sampling.py`, `outputs.py` | `inputs/`, `sampling_params.py`, `outputs.py`<br>`sampling/sampling_params.py`, `managers/io_struct.py` |
 | `text.py` | `v1/engine/detokenizer.py`<br>`managers/detokenizer_manager.py` |
 | `config.py`, `errors.py` | `config/`<br>`server_args.py`, `configs/model_config.py` |
 | `generate.py` (a loop for one) | – |
 | **who computes what** |  |
 | `engine/engine.py` | `v1/engine/core.py`, `v1/engine/llm_engine.py`<br>`managers/scheduler.py` (its loop) |
 | `engine/scheduler.py` | `v1/core/sched/scheduler.py`<br>`managers/scheduler.py`, `managers/schedule_policy.py` |
-| `engine/sequence.py` | `v1/request.py`<br>`managers/schedule_batch.py` (`Req`) |
+| `engine/request.py` | `v1/request.py`<br>`managers/schedule_batch.py` (`Req`) |
 | `engine/batch.py` | `v1/worker/gpu_input_batch.py`<br>`managers/schedule_batch.py`, `model_executor/forward_batch_info.py` |
-| `engine/runner.py` | `v1/worker/gpu_model_runner.py`, `v1/sample/sampler.py`<br>`model_executor/model_runner.py`, `layers/sampler.py` |
-| `engine/graphs.py` | `v1/cudagraph_dispatcher.py`<br>`model_executor/cuda_graph_runner.py` |
+| `engine/runner.py`, `sampler.py` | `v1/worker/gpu_model_runner.py`, `v1/sample/sampler.py`<br>`model_executor/model_runner.py`, `layers/sampler.py` |
+| `kernels/gpu/graphs.py` | `v1/cudagraph_dispatcher.py`<br>`model_executor/cuda_graph_runner.py` |
 | `engine/trace.py` | `v1/metrics/stats.py`<br>`managers/scheduler_metrics_mixin.py` |
 | **where keys and values lie** |  |
 | `cache/blocks.py` | `v1/core/block_pool.py`, `kv_cache_manager.py`, `kv_cache_utils.py`<br>`mem_cache/allocator.py`, `mem_cache/radix_cache.py` |
 | `cache/paged.py` | `v1/worker/gpu_model_runner.py`, `v1/worker/block_table.py`<br>`mem_cache/memory_pool.py` |
 | `quantization/cache.py`, `quantization/formats.py` | `--kv-cache-dtype` |
-| `cache/contiguous.py`, `snapshot.py` (to learn from) | – |
+| `cache/contiguous.py`, `measure/snapshot.py` (to learn from) | – |
 | **attention** |  |
-| `attention/layout.py` | `v1/attention/backend.py` (metadata)<br>`model_executor/forward_batch_info.py` |
-| `attention/paged.py`, `grouped.py`, `sdpa.py` | `v1/attention/backends/`<br>`layers/attention/` |
-| `attention/triton_prefill.py`, `triton_decode.py`, `triton_paged.py`, `triton_tiles.py` | `v1/attention/ops/triton_unified_attention.py`<br>`layers/attention/triton_ops/extend_attention.py`, `decode_attention.py` |
-| `quantization/attention.py` | in the kernels |
-| `attention/naive.py`, `tiled.py`, `contiguous.py` (to learn from) | – |
+| `attention/metadata.py` | `v1/attention/backend.py` (metadata)<br>`model_executor/forward_batch_info.py` |
+| `attention/paged.py`, `kernels/cpu/paged.py`, `kernels/cpu/attention.py`, `kernels/sdpa.py` | `v1/attention/backends/`<br>`layers/attention/` |
+| `kernels/gpu/prefill.py`, `decode.py`, `paged.py`, `tiles.py` | `v1/attention/ops/triton_unified_attention.py`<br>`layers/attention/triton_ops/extend_attention.py`, `decode_attention.py` |
+| `quantization/attention.py`, `kernels/gpu/quantized.py` | in the kernels |
+| `attention/reference.py`, `tiled.py` (to learn from) | – |
 | **the model** |  |
 | `model/decoder.py`, `rope.py` | `model_executor/models/llama.py`, `layers/rotary_embedding/`<br>`models/llama.py`, `layers/rotary_embedding.py` |
-| `model/linear.py` | `model_executor/layers/linear.py`<br>`layers/linear.py` |
-| `model/loader.py`, `shapes.py` | `model_executor/model_loader/`<br>`model_loader/` |
+| `model/linear.py`, `kernels/cpu/linear.py` | `model_executor/layers/linear.py`<br>`layers/linear.py` |
+| `model/loader.py`, `hf.py`, `shapes.py` | `model_executor/model_loader/`<br>`model_loader/` |
 | `model/tokenizer.py` | `tokenizers/`<br>`managers/tokenizer_manager.py` |
-| `model/bpe.py`, `corpus.py`, `batches.py`, `train.py`, `loss.py`, `optimizer.py`, `card.py` (training) | – |
+| `course/training/` | – |
 | **guessing ahead** |  |
-| `engine/proposer.py`, `speculation.py` | `v1/spec_decode/`<br>`speculative/` |
 | `engine/verify.py` | `v1/sample/rejection_sampler.py`<br>`speculative/eagle_info.py` |
 | `speculative/ngram.py`, `draft.py` | `v1/spec_decode/ngram_proposer.py`, `draft_model.py`<br>`speculative/ngram_worker.py`, `standalone_worker.py` |
-| `speculative/tree.py`, `stats.py`, `rounds.py` | `v1/spec_decode/metrics.py`<br>`speculative/eagle_utils.py` (trees) |
+| `speculative/tree.py`, `stats.py`, `course/lessons/rounds.py` | `v1/spec_decode/metrics.py`<br>`speculative/eagle_utils.py` (trees) |
 | **measuring** |  |
 | `measure/bench_serve.py`, `summary.py`, `workloads.py` | `benchmarks/serve.py`, `benchmarks/datasets.py`<br>`python/sglang/bench_serving.py` |
-| the rest of `measure/`; `claims/`, `viz/`, `lab/`, `use/`, `cli/` (the course) | – |
+| the rest of `measure/`; `costs/`, `course/`, `cli/` | – |
 
 The large engines have what is missing here: servers, many GPUs, other attentions, adapters, structured output. What is here, they have in the same places. **llama.cpp** has its own cut: `src/llama-context.cpp` runs a batch, `src/llama-kv-cache.cpp` holds
 the cells, `tools/server/` schedules.
@@ -477,13 +476,13 @@ the cells, `tools/server/` schedules.
 
 <details><summary>1. An engine is right for every request alone, and wrong under load. Which parts do you suspect first?</summary>
 
-Those that only a load reaches: blocks given twice, the row a token is drawn from, what a preempted sequence keeps. Compare each request with itself alone, as above.
+Those that only a load reaches: blocks given twice, the row a token is drawn from, what a preempted request keeps. Compare each request with itself alone, as above.
 
 </details>
 
 <details><summary>2. With few blocks, a little more tokens and far more steps. Why?</summary>
 
-Few tokens are computed twice. But with fewer blocks fewer sequences share a step, and each step reads all weights for fewer of them.
+Few tokens are computed twice. But with fewer blocks fewer requests share a step, and each step reads all weights for fewer of them.
 
 </details>
 

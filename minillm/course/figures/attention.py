@@ -81,7 +81,7 @@ def _write_cells(axes: Axes, panel: Tensor, hidden: Tensor, *, word: str, shaded
 
 
 def _short(value: float) -> str:
-    """A number with at most one digit behind the point, and no minus before a zero."""
+    """A number with at most one digit after the point, and no minus before a zero."""
     return f"{round(value, 1) + 0.0:.1f}".removesuffix(".0").replace("-", "−")
 
 
@@ -139,7 +139,7 @@ def _frame(axes: Axes, chosen: bool) -> None:
 def head_map(weights: Tensor, tokens: Sequence[str], name: str) -> Figure:
     """One head on one text `[n, n]`, and what the last token looks at most. Up to about 36 tokens.
 
-    Outlined are the places behind an earlier occurrence of the token that looks: a head that copies is bright there.
+    Outlined are the places after an earlier occurrence of the token that looks: a head that copies is bright there.
     """
     labels = [style.token_label(token) for token in tokens]
     label = (style.text_width("\n".join(labels)) + 8) / 72
@@ -169,7 +169,7 @@ def _name_favourite(weights: Tensor, tokens: Sequence[str], labels: Sequence[str
 
 
 def _followers(tokens: Sequence[str]) -> list[tuple[int, int]]:
-    """(row, column): column stands behind an earlier occurrence of row's token."""
+    """(row, column): column stands after an earlier occurrence of row's token."""
     return [(row, key + 1) for row in range(len(tokens)) for key in range(row) if tokens[key] == tokens[row]]
 
 
@@ -186,5 +186,5 @@ def _list_keys(figure: Figure, row: Tensor, labels: Sequence[str], *, left: floa
     axes.set_xticks([0, 1])
     axes.tick_params(axis="y", length=0)
     axes.set_title("the last token's\nweights (position)", size=style.NORMAL, weight="normal", pad=4)
-    note = "white frames: behind an\nearlier token like this one"
+    note = "white frames: after an\nearlier token like this one"
     axes.text(1, len(keys) + 1.6, note, ha="right", va="top", size=style.SMALL, color=style.QUIET)

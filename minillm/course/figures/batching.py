@@ -68,7 +68,7 @@ def _draw_context(rate: Axes, wait: Axes, roof: Roof, points: Sequence[Point], i
 
 
 def _finish(axes: Axes, batches: Sequence[int], title: str, unit: str) -> None:
-    axes.set(xscale="log", yscale="log", xlabel="batch, sequences", ylabel=unit)
+    axes.set(xscale="log", yscale="log", xlabel="batch, requests", ylabel=unit)
     low, high = axes.get_ylim()
     axes.set_ylim(low / 1.15, high * 1.25)
     style.plain_log(axes.yaxis)
@@ -100,7 +100,7 @@ def intensity_figure(
     over = " over the ridge" if predicted[-1].linear > max(ridges.values(), default=0.0) else ""
     style.add_title(figure, f"A batch lifts the linear layers{over}; attention stays where it was")
     axes = style.add_row(figure, top=0.6, height=3.05, left=0.65)
-    axes.set(xscale="log", yscale="log", xlabel="batch, sequences", ylabel="FLOP per byte of weights or KV")
+    axes.set(xscale="log", yscale="log", xlabel="batch, requests", ylabel="FLOP per byte of weights or KV")
     batches = [row.batch for row in predicted]
     axes.set_xlim(0.8 * batches[0], 4 * batches[-1])
     axes.set_ylim(0.6, 2.5 * max([*ridges.values(), predicted[-1].linear]))

@@ -1,4 +1,4 @@
-"""Where the KV of each sequence lies: its blocks in logical order and in the pool, and the pool over time."""
+"""Where the KV of each request lies: its blocks in logical order and in the pool, and the pool over time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]  # left, bottom, width, height
 
 
 def owner_color(name: str) -> str:
-    """The tint of a sequence's blocks: the same in every figure. Its name stands beside it."""
+    """The tint of a request's blocks: the same in every figure. Its name stands beside it."""
     return style.OWNERS[sum(map(ord, name)) % len(style.OWNERS)]
 
 
@@ -58,7 +58,7 @@ def block_map(snapshot: PoolSnapshot) -> Figure:
 
 
 def _logical_places(snapshot: PoolSnapshot) -> list[tuple[int, str, int]]:
-    """(column, sequence, logical number) of every table entry: the tables side by side, a free column between them."""
+    """(column, request, logical number) of every table entry: the tables side by side, a free column between them."""
     places, column = [], 0
     for name, blocks in snapshot.tables.items():
         places += [(column + logical, name, logical) for logical in range(len(blocks))]
@@ -68,7 +68,7 @@ def _logical_places(snapshot: PoolSnapshot) -> list[tuple[int, str, int]]:
 
 
 def _describe(snapshot: PoolSnapshot, name: str) -> str:
-    """A sequence and its length, as far as there is room above its blocks."""
+    """A request and its length, as far as there is room above its blocks."""
     return f"{name}: {len(snapshot.tokens[name])} tokens" if len(snapshot.tables[name]) > 2 else name
 
 
@@ -89,7 +89,7 @@ def _connect(axes: Axes, start: tuple[float, float], end: tuple[float, float], c
 
 
 def draw_block(axes: Axes, box: Box, snapshot: PoolSnapshot, block: int, *, new: bool = False) -> None:
-    """A block of the pool: free, remembered, of one sequence, or shared. `new`: with a bold frame."""
+    """A block of the pool: free, remembered, of one request, or shared. `new`: with a bold frame."""
     places = list(snapshot.places(block))
     if len(places) == 1:
         ((name, logical),) = places
@@ -107,7 +107,7 @@ def draw_block(axes: Axes, box: Box, snapshot: PoolSnapshot, block: int, *, new:
 def _draw_owned(
     axes: Axes, box: Box, snapshot: PoolSnapshot, name: str, logical: int, text: str, *, new: bool = False
 ) -> None:
-    """A sequence's block, coloured as far as it holds tokens; sand with dots where others hold it too."""
+    """A request's block, coloured as far as it holds tokens; sand with dots where others hold it too."""
     shared = snapshot.ref_counts[snapshot.tables[name][logical]] > 1
     share = snapshot.filled(name, logical) / snapshot.block_size
     left, bottom, width, height = box
@@ -142,7 +142,7 @@ def _write(axes: Axes, box: Box, text: str, *, color: str = style.INK, backed: b
 def pool_strip(snapshots: Sequence[PoolSnapshot], captions: Sequence[str]) -> Figure:
     """The pool at several moments, one row each from top to bottom, with what happened written beside it.
 
-    A letter and a number are a sequence and its logical block. A bold frame: another holder than in the row above.
+    A letter and a number are a request and its logical block. A bold frame: another holder than in the row above.
     Raises ConfigError for no snapshots, pools of different size, or another number of captions.
     """
     if not snapshots or len({len(one.ref_counts) for one in snapshots}) > 1 or len(captions) != len(snapshots):
@@ -187,7 +187,7 @@ def _strip_title(snapshots: Sequence[PoolSnapshot]) -> str:
         for name, blocks in earlier.tables.items()
         if name in later.tables
     )
-    return f"Sequences come and go, and take any block that is free: {'none ever moves' if stayed else 'some move'}"
+    return f"Requests come and go, and take any block that is free: {'none ever moves' if stayed else 'some move'}"
 
 
 def _is_new(before: PoolSnapshot | None, now: PoolSnapshot, block: int) -> bool:

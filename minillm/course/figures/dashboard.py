@@ -47,7 +47,7 @@ def load_dashboard(
     if not trace or not gaps:
         raise ConfigError(
             f"{len(trace)} steps and {len(gaps)} gaps between tokens: record a load with at least one request of two "
-            "tokens, and give the engine trace_steps enough for all steps."
+            "tokens, and give the engine trace_bytes enough for all steps."
         )
     requests = parts_by_request(trace)
     pool = TITLE + CAPTION + ROW * len(requests) + CAPTION
@@ -85,10 +85,9 @@ def step_points(
     By formula, over the time that model and sampling took.
     """
     for record in trace:
-        step = [(part.num_scheduled, part.kv_len) for part in record.requests]
-        flops = step_flops(config, step).total
+        flops = step_flops(config, record.shape).total
         prompt = any(part.phase in ("prefill", "recompute") for part in record.requests)
-        yield flops / least_bytes(config, step, element_bytes), flops / record.run_time, prompt
+        yield flops / least_bytes(config, record.shape, element_bytes), flops / record.run_time, prompt
 
 
 def _title(trace: Sequence[StepRecord], metrics: Sequence[RequestMetrics], count: int) -> str:
@@ -107,7 +106,7 @@ def _draw_requests(axes: Axes, requests: dict[str, list[tuple[int, str]]], num_s
         for phase, same in groupby(sorted(parts, key=lambda part: part[1]), key=lambda part: part[1]):
             spans = [(step, 1.0) for step, _ in same]
             axes.broken_barh(spans, (row + 0.12, 0.76), edgecolor="white", linewidth=0.3, **LOOKS[phase])
-    words = "Requests. Blue: prompt. Crossed: computed again. Amber: a token each step. Line: pushed out, waits"
+    words = "Requests. Blue: prompt. Crossed: computed again. Amber: a token each step. Line: preempted, waits"
     axes.set_title(words, size=style.NORMAL, weight="normal", pad=4)
     style.bare(axes)
     axes.set_yticks([row + 0.5 for row in range(len(requests))], list(requests))
@@ -115,18 +114,18 @@ def _draw_requests(axes: Axes, requests: dict[str, list[tuple[int, str]]], num_s
 
 
 def _draw_pool(axes: Axes, trace: Sequence[StepRecord], num_blocks: int) -> None:
-    """Blocks that are held after each step, up to all there are; a mark where somebody was pushed out."""
+    """Blocks that are held after each step, up to all there are; a mark where somebody was preempted."""
     held = [num_blocks - record.num_free_blocks for record in trace]
     look: dict[str, Any] = {"facecolor": "white", "edgecolor": style.KV_CACHE, "hatch": style.KV_HATCH, "linewidth": 0}
     axes.stairs(held, fill=True, **look)
     axes.stairs(held, color=style.KV_CACHE, lw=1.0)
     axes.axhline(num_blocks, color=style.INK, lw=0.8, ls="--")
-    pushed = [step + 0.5 for step, record in enumerate(trace) if record.preempted]
-    axes.plot(pushed, [1.12 * num_blocks] * len(pushed), ls="none", marker="v", ms=5, color=style.INK)
+    preempted = [step + 0.5 for step, record in enumerate(trace) if record.preempted]
+    axes.plot(preempted, [1.12 * num_blocks] * len(preempted), ls="none", marker="v", ms=5, color=style.INK)
     axes.set(xlim=(0, len(trace)), ylim=(0, 1.25 * num_blocks), yticks=[0, num_blocks])
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.set_xlabel("engine step", loc="right")
-    words = f"Blocks. Hatched: held, at most {max(held)} of {num_blocks}. White: free. Triangle: somebody is pushed out"
+    words = f"Blocks. Hatched: held, at most {max(held)} of {num_blocks}. White: free. Triangle: somebody is preempted"
     axes.set_title(words, size=style.NORMAL, weight="normal", pad=4)
 
 

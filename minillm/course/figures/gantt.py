@@ -39,12 +39,12 @@ class Stay:
 
     @property
     def end(self) -> int:
-        """One behind its last step."""
+        """One after its last step."""
         return self.parts[-1][0] + 1
 
 
 def stays(trace: Sequence[StepRecord]) -> list[Stay]:
-    """Give every sequence of a trace the lowest free seat, from its first step to its last or to its preemption.
+    """Give every completion of a trace the lowest free seat, from its first step to its last or to its preemption.
 
     Steps are counted from the first one of the trace.
     """
@@ -66,7 +66,7 @@ def stays(trace: Sequence[StepRecord]) -> list[Stay]:
 
 
 def _name(part: RequestStep) -> str:
-    """A request's id; a further completion of it has its number behind it."""
+    """A request's id; a further completion of it has its number after it."""
     return part.request_id if part.index == 0 else f"{part.request_id}.{part.index}"
 
 
@@ -83,7 +83,7 @@ def seat_gantt(runs: Mapping[str, Sequence[StepRecord]], seats: int) -> Figure:
     Raises ConfigError without steps.
     """
     if not runs or not all(runs.values()):
-        raise ConfigError("A run without steps cannot be drawn. Give the engine trace_steps >= 1, and something to do.")
+        raise ConfigError("A run without steps cannot be drawn. Give the engine trace_bytes above 0, and something to do.")
     panel = CAPTION + seats * SEAT
     figure = style.new_figure(TITLE + len(runs) * panel + 0.6)
     style.add_title(figure, _gantt_title(runs, seats))

@@ -31,7 +31,7 @@ class Mark(NamedTuple):
 
 ACCEPTED = Mark("A", "accepted", style.DRAFT, style.DRAFT, "white")
 REJECTED = Mark("✗", "rejected", "white", style.REJECTED, style.INK)
-SKIPPED = Mark("–", "void: behind a rejected one", "white", VOID, style.QUIET)
+SKIPPED = Mark("–", "void: after a rejected one", "white", VOID, style.QUIET)
 RECOVERED = Mark("R", "recovered", style.DECODE, style.DECODE, style.INK)
 BONUS = Mark("B", "bonus", style.DECODE, style.DECODE, style.INK)
 ALONE = Mark("", "decoded: nobody guessed", style.DECODE, style.DECODE, style.INK)
@@ -39,7 +39,7 @@ ALONE = Mark("", "decoded: nobody guessed", style.DECODE, style.DECODE, style.IN
 
 @style.SHEET
 def verification_lanes(rounds: Sequence[Round], texts: Mapping[int, str]) -> Figure:
-    """Rounds of one request: above what was guessed, below what the model says instead or behind, in one step.
+    """Rounds of one request: above what was guessed, below what the model says instead or after, in one step.
 
     texts: what each token says. Raises ConfigError where nothing was guessed.
     """
@@ -60,7 +60,7 @@ def verification_lanes(rounds: Sequence[Round], texts: Mapping[int, str]) -> Fig
 
 
 def marks(one: Round) -> tuple[list[Mark], list[Mark]]:
-    """What became of each guess, and what the model's own tokens behind the accepted ones are."""
+    """What became of each guess, and what the model's own tokens after the accepted ones are."""
     accepted, own = one.num_accepted, len(one.said) - one.num_accepted
     rejected = [REJECTED][: len(one.guesses) - accepted if own else 0]
     guesses = [ACCEPTED] * accepted + rejected

@@ -1,4 +1,4 @@
-"""What blocks cost and what they buy: empty places against block size, and how many sequences a cache holds."""
+"""What blocks cost and what they buy: empty places against block size, and how many requests a cache holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEFT, PANEL, GAP = 0.95, 3.05, 0.95  # inches: room for labels, width of a panel
 
 @style.SHEET
 def paging_figure(rows: Sequence[Paging]) -> Figure:
-    """Waste per sequence and sequences that fit, against block size: points counted, lines predicted.
+    """Waste per request and requests that fit, against block size: points counted, lines predicted.
 
     The largest block stands for a cache without blocks: it sets aside the same for everybody. Raises ConfigError for
     fewer than two block sizes.
@@ -33,11 +33,11 @@ def paging_figure(rows: Sequence[Paging]) -> Figure:
         for place in range(2)
     )
     _draw(waste, rows, [row.waste for row in rows], [row.waste_predicted for row in rows])
-    waste.set_title("Empty places per sequence", size=style.NORMAL)
+    waste.set_title("Empty places per request", size=style.NORMAL)
     waste.set(ylabel="tokens")
     _label_shares(waste, rows)
     _draw(fit, rows, [row.num_fit for row in rows], [row.fit_predicted for row in rows])
-    fit.set_title(f"Sequences in {number(rows[0].num_places / 1000)}k places", size=style.NORMAL)
+    fit.set_title(f"Requests in {number(rows[0].num_places / 1000)}k places", size=style.NORMAL)
     fit.set_ylim(0, 1.25 * max(row.num_fit for row in rows))
     fit.annotate(
         f"one block each: {rows[-1].num_fit}", (rows[-1].block_size, rows[-1].num_fit), (-7, 3),
@@ -57,7 +57,7 @@ def _title(rows: Sequence[Paging]) -> str:
     usual, whole = min(rows, key=lambda row: abs(row.block_size - 16)), rows[-1]
     return (
         f"In blocks of {usual.block_size}, {100 * usual.waste_share:.0f} % of the memory is empty instead of "
-        f"{100 * whole.waste_share:.0f} %: {number(usual.num_fit / max(1, whole.num_fit))}× the sequences fit"
+        f"{100 * whole.waste_share:.0f} %: {number(usual.num_fit / max(1, whole.num_fit))}× the requests fit"
     )
 
 

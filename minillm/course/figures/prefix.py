@@ -1,4 +1,4 @@
-"""What sequences share: the tree of their blocks with reference counts, and the time that a known beginning saves."""
+"""What requests share: the tree of their blocks with reference counts, and the time that a known beginning saves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass
 class Tree:
-    """Blocks behind blocks: the children of each, and where it stands (column, row)."""
+    """Blocks after blocks: the children of each, and where it stands (column, row)."""
 
     children: dict[int, list[int]] = field(default_factory=dict)
     place: dict[int, tuple[int, float]] = field(default_factory=dict)
@@ -63,7 +63,7 @@ def prefix_trees(snapshots: Sequence[PoolSnapshot], captions: Sequence[str], dec
 
     Each box is a block: its text and how many tables hold it. Dots: several hold it; dots on a pale frame: nobody
     does, and the prefix cache remembers it. A bold frame: it was not there in the tree above. Names stand where a
-    sequence's table ends. decode: token ids as text. Raises ConfigError unless there is one caption per snapshot, and
+    request's table ends. decode: token ids as text. Raises ConfigError unless there is one caption per snapshot, and
     for a pool without a block to draw.
     """
     trees = [Tree.of(snapshot) for snapshot in snapshots]
@@ -95,8 +95,8 @@ def _title(snapshots: Sequence[PoolSnapshot]) -> str:
         ((sum(map(len, one.tables.values())), one.num_held) for one in snapshots), key=lambda pair: pair[0] - pair[1]
     )
     if entries == held:
-        return "Each block is held by one sequence" if held else "Nobody holds a block; the text is remembered"
-    return f"What several sequences begin with is kept once: {held} blocks do the work of {entries}"
+        return "Each block is held by one table" if held else "Nobody holds a block; the text is remembered"
+    return f"What several tables begin with is kept once: {held} blocks do the work of {entries}"
 
 
 def _key(snapshots: Sequence[PoolSnapshot]) -> str:
@@ -115,7 +115,7 @@ def _key(snapshots: Sequence[PoolSnapshot]) -> str:
 def _draw_tree(
     axes: Axes, tree: Tree, snapshot: PoolSnapshot, width: float, decode: Decode, before: PoolSnapshot | None
 ) -> None:
-    """Boxes, the lines between them, and the names of sequences where their tables end."""
+    """Boxes, the lines between them, and the names of requests where their tables end."""
     texts = {block: decode(tokens) for block, tokens in _tokens(snapshot).items()}
     for block, (column, row) in tree.place.items():
         left, middle = column * width, ROW * row + ROW / 2
@@ -136,7 +136,7 @@ def _draw_tree(
 
 
 def _tokens(snapshot: PoolSnapshot) -> dict[int, Sequence[int]]:
-    """What stands in each block, from the prefix cache's names and the sequences' own tokens."""
+    """What stands in each block, from the prefix cache's names and the requests' own tokens."""
     found: dict[int, Sequence[int]] = {block: tokens for block, (_, tokens) in snapshot.known.items()}
     for name, blocks in snapshot.tables.items():
         for logical, block in enumerate(blocks):

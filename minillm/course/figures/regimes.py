@@ -139,7 +139,7 @@ def _label_ends(axes: Axes, batches: Sequence[int], contexts: Sequence[int]) -> 
     for ticks, values in ((axes.set_xticks, batches), (axes.set_yticks, contexts)):
         chosen = range(0, len(values), max(1, (len(values) + 4) // 6))
         ticks([place + 0.5 for place in chosen], [_thousands(values[place]) for place in chosen])
-    axes.set_xlabel("batch, sequences", loc="right")
+    axes.set_xlabel("batch, requests", loc="right")
     axes.set_ylabel("context of each, tokens", loc="top")
     axes.tick_params(length=2)
 

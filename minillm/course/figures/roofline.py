@@ -41,7 +41,7 @@ class Series:
     fill: str
 
     def number(self, point: Point) -> str:
-        """What is written beside a point: tokens of a prompt, or sequences of a batch."""
+        """What is written beside a point: tokens of a prompt, or requests of a batch."""
         return str(point.context if point.phase == "prefill" else point.batch)
 
 
@@ -89,7 +89,7 @@ def _series(points: Sequence[Point]) -> list[Series]:
     for index, context in enumerate(sorted({p.context for p in points if p.phase == "decode"})):
         decodes = sorted((p for p in points if p.phase == "decode" and p.context == context), key=lambda p: p.batch)
         look = MARKERS[index % len(MARKERS)], style.DECODE_INK, FILLS[index % len(FILLS)]
-        series.append(Series(f"decode, context {context}", "sequences", decodes, *look))
+        series.append(Series(f"decode, context {context}", "requests", decodes, *look))
     return [one for one in series if one.points]
 
 

@@ -1,6 +1,6 @@
 """Many requests at once: what the arrival of one does to the others.
 
-The picture behind ITL and chunked prefill: each mark is a token that somebody got, and a stall is where no marks are.
+The picture for ITL and chunked prefill: each mark is a token that somebody got, and a stall is where no marks are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LANE, GAP = 0.62, 0.34  # inches: height of a lane, and the air above it for its
 
 
 class Arrival(Protocol):
-    """One prompt that arrived among running sequences; times in seconds since it came."""
+    """One prompt that arrived among running requests; times in seconds since it came."""
 
     @property
     def ttft(self) -> float: ...
@@ -95,7 +95,7 @@ def _lanes(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def _draw_lane(axes: Axes, choice: Choice, *, last: bool) -> None:
-    """A row of marks for each running sequence, the newcomer's prefill below them, and the longest gap in words."""
+    """A row of marks for each running request, the newcomer's prefill below them, and the longest gap in words."""
     arrival = choice.arrivals[0]
     rows = len(arrival.others)
     axes.set_ylim(-2.4, rows)
@@ -111,7 +111,7 @@ def _draw_lane(axes: Axes, choice: Choice, *, last: bool) -> None:
     if last:
         axes.xaxis.set_major_formatter("{x:g} s")
         axes.set_xlabel(
-            "since the prompt arrived. Blue: its prefill. Amber: a token of a running sequence, one row each"
+            "since the prompt arrived. Blue: its prefill. Amber: a token of a running request, one row each"
         )
 
 

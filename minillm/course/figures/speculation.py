@@ -142,7 +142,7 @@ def _draw_speedups(axes: Axes, sweeps: Sequence[Sweep], name: str) -> None:
     axes.set_xticks(values, [str(value) for value in values])
     axes.minorticks_off()
     axes.set_xlim(values[0] / 1.3, values[-1] * 1.3)
-    axes.set_xlabel("γ: tokens guessed at once" if name == "num_drafts" else "sequences side by side", loc="right")
+    axes.set_xlabel("γ: tokens guessed at once" if name == "num_drafts" else "requests side by side", loc="right")
 
 
 def _draw_keys(figure: Figure, sweeps: Sequence[Sweep], crossover: float | None) -> None:

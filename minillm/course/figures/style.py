@@ -88,7 +88,7 @@ class Sheet(ContextDecorator):
     """Settings of matplotlib for as long as somebody draws: the first in lays them out, the last out takes them away.
 
     matplotlib has one set of settings for all threads. Two `rc_context` that overlap would each put back what it found,
-    and so the later one would leave the sheet of the earlier behind for good.
+    and so the later one would leave the sheet of the earlier in force for good.
     """
 
     def __init__(self, settings: Mapping[Any, Any]) -> None:

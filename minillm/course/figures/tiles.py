@@ -22,7 +22,7 @@ from minillm.course.figures import style
 from minillm.errors import ConfigError
 from minillm.measure.units import quantity
 
-PAST = "#c9ced6"  # what earlier tiles left behind
+PAST = "#c9ced6"  # what earlier tiles left
 EDGE = "#d8dce1"
 WHOLE, CUT = style.PREFILL, "#b9d6f2"  # a tile that is seen as a whole, and one that the causal rule cuts
 FRAMES = 6  # of a film-strip, at most

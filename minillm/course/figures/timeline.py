@@ -1,6 +1,6 @@
 """One request over time: a block of prefill, then a comb of decode steps.
 
-The picture behind TTFT and TPOT: all prompt tokens cost one step together, every new token costs a step of its own.
+The picture for TTFT and TPOT: all prompt tokens cost one step together, every new token costs a step of its own.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class BatchIntensity(NamedTuple):
 
 
 def predict_intensity(config: ModelConfig, batch: int, context: int) -> BatchIntensity:
-    """By formula: a weight of two bytes serves a multiplication and an addition for each sequence."""
+    """By formula: a weight of two bytes serves a multiplication and an addition for each request."""
     linear, attention = 2 * batch / BYTES, attention_intensity(config, BYTES)
     return BatchIntensity(batch, linear, attention, intensity(config, decode_step(context, batch), BYTES))
 

@@ -1,7 +1,7 @@
-"""What blocks waste, and how many sequences a cache holds: counted with the engine's own allocator.
+"""What blocks waste, and how many requests a cache holds: counted with the engine's own allocator.
 
-A sequence holds whole blocks, so on average half of its last one is empty: (B - 1) / 2 places, if lengths end anywhere
-in a block. A cache without blocks is the same thing with one block as long as the longest sequence may become.
+A request holds whole blocks, so on average half of its last one is empty: (B - 1) / 2 places, if lengths end anywhere
+in a block. A cache without blocks is the same thing with one block as long as the longest request may become.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Paging:
     lengths: tuple[int, ...]
     num_blocks: int  # allocated for all of them
     num_places: int  # of a cache that is filled in their order
-    num_fit: int  # sequences that fit into it
+    num_fit: int  # requests that fit into it
 
     @property
     def waste(self) -> float:
-        """Empty places per sequence."""
+        """Empty places per request."""
         return (self.num_blocks * self.block_size - sum(self.lengths)) / len(self.lengths)
 
     @property
@@ -36,14 +36,14 @@ class Paging:
 
     @property
     def waste_predicted(self) -> float:
-        """(B - 1) / 2, until a block holds the longest sequence: then B less the mean length."""
+        """(B - 1) / 2, until a block holds the longest request: then B less the mean length."""
         if self.block_size < max(self.lengths):
             return (self.block_size - 1) / 2
         return self.block_size - fmean(self.lengths)
 
     @property
     def fit_predicted(self) -> float:
-        """Places over what a sequence of mean length holds."""
+        """Places over what a request of mean length holds."""
         return self.num_places / (fmean(self.lengths) + self.waste_predicted)
 
 
@@ -64,7 +64,7 @@ def measure_paging(lengths: Sequence[int], block_size: int, num_places: int) -> 
 
 
 def _fit(lengths: Sequence[int], block_size: int, num_places: int) -> int:
-    """Sequences that get their blocks before the pool has none left for the next."""
+    """Requests that get their blocks before the pool has none left for the next."""
     pool, count = BlockPool(1 + num_places // block_size, block_size), 0
     while pool.prepare(BlockTable(), 0, lengths[count % len(lengths)]) is not None:
         count += 1

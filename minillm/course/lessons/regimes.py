@@ -38,7 +38,7 @@ class Site:
         return dict(zip(TERMS, seconds, strict=True))
 
     def fits(self, batch: int, context: int) -> bool:
-        """Whether the weights and the caches of all sequences fit into the memory."""
+        """Whether the weights and the caches of all requests fit into the memory."""
         cached = batch * context * kv_bytes_per_token(self.config, self.element_bytes)
         return weight_bytes(self.config, self.element_bytes, 0) + cached <= self.memory_bytes
 

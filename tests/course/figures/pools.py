@@ -1,4 +1,4 @@
-"""Snapshots of a pool in which real sequences come and go, for the figures that draw them."""
+"""Snapshots of a pool in which real requests come and go, for the figures that draw them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add(engine: Engine, name: str, prompt: list[int], max_tokens: int, n: int = 
 
 
 def shot(engine: Engine) -> PoolSnapshot:
-    """Every running sequence by its request, further completions by their number, too."""
+    """Every running request by its id, further completions by their number, too."""
     return PoolSnapshot.take(
         engine.pool,
         {
@@ -45,7 +45,7 @@ def story() -> tuple[list[PoolSnapshot], list[str]]:
 
 
 def forked(n: int) -> list[PoolSnapshot]:
-    """A prompt read once for n sequences, and the step after, in which all but one copy the block they share."""
+    """A prompt read once for n completions, and the step after, in which all but one copy the block they share."""
     engine = busy_engine()
     add(engine, "A", [1, 2, 3, 4, 5, 6], 4, n=n)
     shots = []

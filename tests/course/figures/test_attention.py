@@ -81,7 +81,7 @@ def test_a_head_that_copies_is_told_from_one_that_does_not() -> None:
     figure = head_map(weights, tokens, "Layer 1, head 0")
     assert "Layer 1, head 0: “*” looks at what followed it last time: “h”" in words(figure)
     outlined = {(p.get_x() + 0.5, p.get_y() + 0.5) for p in figure.axes[0].patches if isinstance(p, Rectangle)}
-    assert outlined == {(1, 3), (2, 4)}, "(column, row): behind the first x, and behind the first *"
+    assert outlined == {(1, 3), (2, 4)}, "(column, row): after the first x, and after the first *"
     bars = [bar.get_width() for bar in figure.axes[1].patches]
     assert bars == pytest.approx([0.8, 0.1, 0.1, 0.0])
     weights[4] = torch.tensor([0.9, 0.0, 0.1, 0.0, 0.0])

@@ -98,7 +98,7 @@ def test_a_step_is_its_flops_over_its_bytes_and_its_time() -> None:
     assert sorted(x for line in drawn for x in line.get_xdata()) == sorted(x for x, _, _ in points)
 
 
-def test_who_was_pushed_out_is_marked_and_counted() -> None:
+def test_who_was_preempted_is_marked_and_counted() -> None:
     trace, metrics = load(5)
     lost = {name for record in trace for name in record.preempted}
     figure = draw(trace, metrics)

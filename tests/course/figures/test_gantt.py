@@ -38,7 +38,7 @@ def check(seed: int) -> None:
     assert Counter((step, stay.name, phase) for stay in found for step, phase in stay.parts) == parts, f"{seed=}"
     taken = Counter((stay.seat, step) for stay in found for step in range(stay.start, stay.end))
     assert max(taken.values()) == 1, f"{seed=}: two in one seat"
-    assert all(stay.seat < 3 for stay in found), f"{seed=}: as many seats as sequences may run"
+    assert all(stay.seat < 3 for stay in found), f"{seed=}: as many seats as requests may run"
     assert idle_share(recorded, 3) == pytest.approx(1 - len(taken) / (3 * len(recorded))), f"{seed=}"
 
 

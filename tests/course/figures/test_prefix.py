@@ -1,4 +1,4 @@
-"""The tree is the blocks' own: who comes behind whom, how many hold it; the line of hits is what was measured."""
+"""The tree is the blocks' own: who comes after whom, how many hold it; the line of hits is what was measured."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_title_counts_what_sharing_saves() -> None:
 def test_the_title_says_where_nothing_is_shared() -> None:
     shots, captions = story()
     first, last = (prefix_trees([shots[i]], [captions[i]], spell).texts for i in (0, -1))
-    assert first[0].get_text() == "Each block is held by one sequence" and "bold" not in first[1].get_text()
+    assert first[0].get_text() == "Each block is held by one table" and "bold" not in first[1].get_text()
     assert last[0].get_text().startswith("Nobody holds a block")
 
 
