@@ -205,7 +205,8 @@ class Engine:
         If the step fails or is interrupted, its requests go back to the queue and the error goes on to the caller: the
         next call starts them over.
         """
-        late, self._late = self._late, []
+        late = [request for request in self._late if request in self.requests.get(request.request_id, [])]
+        self._late = []
         if late or not self.requests:
             return [self._event(request, [], time.perf_counter()) for request in late]
         start = time.perf_counter()

@@ -117,7 +117,7 @@ def test_decodes_are_grouped_with_little_padding() -> None:
         (2048, {(4,): 64, (3, 1, 5): 256, (2, 0): 1024, (6,): 1024}),
         (512, {(4,): 64, (3, 1): 256, (5,): 256, (2,): 1024, (0,): 1024, (6,): 1024}),
     ):
-        plan = prepare(batch.metadata, batch.k_pool, max_keys * bytes_per_key)
+        plan = prepare(batch.metadata, batch.k_pool, group_bytes=max_keys * bytes_per_key)
         assert {tuple(group.queries.tolist()): group.rows.shape[2] for group in plan.groups} == wanted
         assert plan.rest == (7,)
 
