@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from minillm.errors import CheckpointError, ConfigError, RequestError
+from minillm.errors import CheckpointError, ConfigError, RequestError, shown
 
 KERNELS = ("auto", "reference")
 POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
@@ -86,8 +86,8 @@ def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
     strange = [token for token in token_ids if type(token) is not int or not 0 <= token < config.vocab_size]
     if strange:
         raise RequestError(
-            f"Token id {strange[0]!r} is outside the vocabulary of {config.vocab_size}, or no integer. Did another "
-            "model's tokenizer encode the prompt?"
+            f"Token id {shown(strange[0])} is outside the vocabulary of {config.vocab_size}, or no integer. Did "
+            "another model's tokenizer encode the prompt?"
         )
 
 
@@ -150,4 +150,4 @@ def _check_setting(name: str, value: Any, default: Any, rule: Mapping[str, Any])
     else:
         right, allowed = type(value) is type(default), f"a {type(default).__name__}"
     if not right:
-        raise ConfigError(f"{name}={value!r:.80} is not possible: it must be {allowed}.")
+        raise ConfigError(f"{name}={shown(value)} is not possible: it must be {allowed}.")

@@ -40,11 +40,12 @@ class TextStream:
 
         With `include_stop_str_in_output` it ends after it. No text stops before `min_tokens` tokens.
         """
+        known = len(self._held)  # a stop string in the text before it came too early: min_tokens passed it over
         text = self._held + self._detokenizer.push([token])
         early = 0 < len(self.output.token_ids) <= self.params.min_tokens
         stops = () if early else self.params.stop_strings
-        hits = [(text.find(stop), stop) for stop in stops if stop in text]
-        if hits:
+        places = [(text.find(stop, max(0, known + 1 - len(stop))), stop) for stop in stops]
+        if hits := [(place, stop) for place, stop in places if place >= 0]:
             position, stop = min(hits)
             self._show(text[: position + len(stop) * self.params.include_stop_str_in_output], held="")
             return stop

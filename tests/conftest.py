@@ -21,4 +21,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--submissions", type=int, default=8, help="size of the class that the grader's test grades")
     parser.addoption("--interrupts", type=int, default=60, help="interrupts at random lines of the engine")
+    parser.addoption("--calls", type=int, default=300, help="random calls of LLM.generate, right and wrong ones")
     parser.addoption("--damages", type=int, default=300, help="learners' files that are damaged at random")

@@ -83,7 +83,7 @@ class Request:
             self.tokens.append(token)
             if self.params.ends_with(token, end_ids):
                 self.finish_reason = "stop"
-                self.stop_reason = token if token in (self.params.stop_token_ids or ()) else None
+                self.stop_reason = None if token in end_ids and not self.params.ignore_eos else token
             elif self.num_generated >= self.params.max_tokens:
                 self.finish_reason = "length"
             if self.finished:
