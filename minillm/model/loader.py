@@ -139,7 +139,7 @@ class Checkpoint:
             raise CheckpointError(f"{name} in {path} has shape {given!s:.80}, config.json asks for {shape}. {MISMATCH}")
         if dtype not in STORED:
             raise CheckpointError(
-                f"{name} in {path} is {dtype}, not {', '.join(STORED)}; quantised weights are not read."
+                f"{name} in {path} is {dtype}, not {', '.join(STORED)}: quantised."
             )
 
     def _equal(self, one: str, other: str) -> bool:
