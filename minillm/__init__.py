@@ -12,13 +12,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minillm.errors import MinillmError
-    from minillm.generate import decode, prefill
-    from minillm.llm import LLM
-    from minillm.model.loader import load_model
-    from minillm.model.tokenizer import load_tokenizer
-    from minillm.outputs import CompletionOutput, RequestOutput
-    from minillm.sampling import SamplingParams
+    from minillm.errors import MinillmError as MinillmError
+    from minillm.generate import decode as decode
+    from minillm.generate import prefill as prefill
+    from minillm.llm import LLM as LLM
+    from minillm.model.loader import load_model as load_model
+    from minillm.model.tokenizer import load_tokenizer as load_tokenizer
+    from minillm.outputs import CompletionOutput as CompletionOutput
+    from minillm.outputs import RequestOutput as RequestOutput
+    from minillm.sampling import SamplingParams as SamplingParams
 
 _HOME = {
     "LLM": "llm",
@@ -31,17 +33,7 @@ _HOME = {
     "prefill": "generate",
     "decode": "generate",
 }
-__all__ = [
-    "LLM",
-    "CompletionOutput",
-    "MinillmError",
-    "RequestOutput",
-    "SamplingParams",
-    "decode",
-    "load_model",
-    "load_tokenizer",
-    "prefill",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -52,12 +52,6 @@ class ContiguousCache:
         """Tokens that fit without a copy."""
         return self.keys.shape[2]
 
-    @property
-    def bytes_per_token(self) -> int:
-        """2 (K and V) x layers x KV heads x head_dim x bytes per element."""
-        layers, kv_heads, _, head_dim = self.keys.shape
-        return 2 * layers * kv_heads * head_dim * self.keys.element_size()
-
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v [q_len, num_kv_heads, head_dim] after the cached tokens, then let q see all of them.
 

@@ -102,8 +102,7 @@ def _family(hf: Mapping[str, Any]) -> str:
         )
     if kind not in (None, family):
         raise UnsupportedModelError(
-            f"config.json has architectures=[{name!r}] and model_type={kind!r:.80}, which do not belong together; "
-            f"model_type={family!r} was expected. Which model is it?"
+            f"config.json has architectures=[{name!r}] and model_type={kind!r:.80}, not {family!r}. Which model is it?"
         )
     return family
 
@@ -139,18 +138,13 @@ def _sliding_window(given: Mapping[str, Any], family: str) -> int | None:
     full = layers if window is None else min(layers, given["max_window_layers"]) if qwen else 0
     derived = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     kinds = given.get("layer_types") or derived
-    windowed = kinds[0] == "sliding_attention"
-    if len(kinds) != layers or any(kind != kinds[0] for kind in kinds) or (not qwen and kinds != derived):
+    full_or_window = ([kind] * layers for kind in ("full_attention", "sliding_attention")[: 1 + (window is not None)])
+    if kinds not in full_or_window or (not qwen and kinds != derived):
         raise UnsupportedModelError(
-            f"{FAMILIES[family]} is supported with one kind of attention for all {layers} layers. By sliding_window, "
-            "layer_types and max_window_layers in config.json, layers differ. Use a checkpoint without windows."
+            f"{FAMILIES[family]} is supported with full attention, or one window, in all {layers} layers. By "
+            "sliding_window, layer_types and max_window_layers in config.json, layers differ or lack a window."
         )
-    if kinds[0] not in ("full_attention", "sliding_attention") or (windowed and window is None):
-        raise UnsupportedModelError(
-            f"{FAMILIES[family]} with layer_types of {kinds[0]!r:.80} and a window of {window} in config.json is not "
-            "supported, only 'full_attention', or 'sliding_attention' with a window."
-        )
-    return window if windowed else None
+    return window if kinds[0] == "sliding_attention" else None
 
 
 def _rope(given: Mapping[str, Any], family: str) -> tuple[float, RopeScaling | None]:

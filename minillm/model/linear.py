@@ -30,7 +30,3 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) if self.kernel is None else self.kernel(x)
-
-    def extra_repr(self) -> str:
-        own = self.kernel is not None
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, own_kernel={own}"

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minillm import seams
-from minillm.config import ModelConfig
+from minillm.config import KERNELS, ModelConfig
 from minillm.errors import CheckpointError, ConfigError
 from minillm.model.decoder import Decoder, RMSNorm
 from minillm.model.hf import check_file, read_config, read_json
@@ -37,12 +37,31 @@ from minillm.model.shapes import named_shape
 EMBEDDED = Path(__file__).parent.parent / "checkpoints"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 STORED = ("F64", "F32", "F16", "BF16")  # what safetensors calls them
-HARMLESS = re.compile(
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-)  # tables of old files: config.json rules
+HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # tables of old files
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-KERNELS = ("auto", "reference")
 MAX_FILE = 1 << 40  # bytes
+MISMATCH = "Does config.json belong to these weights?"
+
+
+# Ours: theirs and their shapes, by the names in `layout`. "model." comes before theirs, "weight" or "bias" ends both.
+ENDS = {
+    "embedding.weight": {"embed_tokens": "vocab hidden"},
+    "norm.weight": {"norm": "hidden"},
+}
+LAYER = {  # a bias comes before its weight, so that a layer is complete when its weight is there
+    "attention_norm.weight": {"input_layernorm": "hidden"},
+    "mlp_norm.weight": {"post_attention_layernorm": "hidden"},
+    "attention.qkv.bias": {"self_attn.q_proj": "q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
+    "attention.qkv.weight": {
+        "self_attn.q_proj": "q hidden",
+        "self_attn.k_proj": "kv hidden",
+        "self_attn.v_proj": "kv hidden",
+    },
+    "attention.qk_norm.weight": {"self_attn.q_norm": "head", "self_attn.k_norm": "head"},
+    "attention.out.weight": {"self_attn.o_proj": "hidden q"},
+    "mlp.gate_up.weight": {"mlp.gate_proj": "inner hidden", "mlp.up_proj": "inner hidden"},
+    "mlp.down.weight": {"mlp.down_proj": "hidden inner"},
+}
 
 
 @dataclass(frozen=True)
@@ -50,54 +69,30 @@ class Piece:
     """Where one tensor of ours comes from: rows of `sources`, stacked in order."""
 
     ours: str  # dotted name in Decoder
-    sources: tuple[str, ...]  # names in a Hugging Face checkpoint
-    shapes: tuple[tuple[int, ...], ...]  # their shapes
+    sources: dict[str, tuple[int, ...]]  # names in a Hugging Face checkpoint, and their shapes
     repeats: tuple[int, ...] = ()  # the norm of queries and keys: one row per head
 
 
 def layout(config: ModelConfig) -> list[list[Piece]]:
-    """The pieces of the whole model, grouped by what is loaded together: ends first, then one group per layer.
-
-    A bias comes before its weight, so that a layer is complete when its weight is there.
-    """
-    return [_ends(config)] + [_layer(config, index) for index in range(config.num_layers)]
-
-
-def _ends(config: ModelConfig) -> list[Piece]:
-    table = ((config.vocab_size, config.hidden_size),)
-    pieces = [
-        Piece("embedding.weight", (EMBEDDING,), table),
-        Piece("norm.weight", ("model.norm.weight",), ((config.hidden_size,),)),
-    ]
-    return pieces if config.tie_word_embeddings else [*pieces, Piece("head.weight", (HEAD,), table)]
-
-
-def _layer(config: ModelConfig, index: int) -> list[Piece]:
-    hidden, inner, heads = config.hidden_size, config.intermediate_size, (config.num_heads, config.num_kv_heads)
-    q_rows, kv_rows = (count * config.head_dim for count in heads)
-    projections, norms = ([f"self_attn.{name}_{kind}" for name in "qkv"] for kind in ("proj", "norm"))
-    rows = (q_rows, kv_rows, kv_rows)
-    table: dict[str, tuple[list[str], list[tuple[int, ...]]]] = {  # ours: theirs, and their shapes
-        "attention_norm.weight": (["input_layernorm"], [(hidden,)]),
-        "mlp_norm.weight": (["post_attention_layernorm"], [(hidden,)]),
-        "attention.qkv.bias": (projections, [(n,) for n in rows]),
-        "attention.qkv.weight": (projections, [(n, hidden) for n in rows]),
-        "attention.qk_norm.weight": (norms[:2], [(config.head_dim,)] * 2),
-        "attention.out.weight": (["self_attn.o_proj"], [(hidden, q_rows)]),
-        "mlp.gate_up.weight": (["mlp.gate_proj", "mlp.up_proj"], [(inner, hidden)] * 2),
-        "mlp.down.weight": (["mlp.down_proj"], [(hidden, inner)]),
-    }
+    """The pieces of the whole model, grouped by what is loaded together: ends first, then one group per layer."""
+    heads, d = (config.num_heads, config.num_kv_heads), config.head_dim
+    q, kv = (count * d for count in heads)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    sizes = dict(vocab=config.vocab_size, hidden=hidden, inner=inner, head=d, q=q, kv=kv)
     absent = {"attention.qkv.bias": not config.qkv_bias, "attention.qk_norm.weight": not config.qk_norm}
-    return [
-        Piece(
-            f"layers.{index}.{ours}",
-            tuple(f"model.layers.{index}.{name}.{ours.rpartition('.')[2]}" for name in theirs),
-            tuple(shapes),
-            heads if "qk_norm" in ours else (),
-        )
-        for ours, (theirs, shapes) in table.items()
-        if not absent.get(ours)
-    ]
+
+    def piece(name: str, theirs: dict[str, str], place: str) -> Piece:
+        shapes = {
+            f"model.{place}{source}.{name.rpartition('.')[2]}": tuple(sizes[size] for size in shape.split())
+            for source, shape in theirs.items()
+        }
+        return Piece(place + name, shapes, heads if "qk_norm" in name else ())
+
+    ends = [piece(*row, "") for row in ENDS.items()]
+    if not config.tie_word_embeddings:
+        ends.append(Piece("head.weight", {HEAD: (config.vocab_size, hidden)}))
+    rows = [row for row in LAYER.items() if not absent.get(row[0])]
+    return [ends] + [[piece(*row, f"layers.{index}.") for row in rows] for index in range(config.num_layers)]
 
 
 Read = Callable[[str, tuple[int, ...]], Tensor]
@@ -126,30 +121,25 @@ class Checkpoint:
                 if twice := sorted(headers.keys() & self.stored.keys()):
                     raise CheckpointError(f"{twice[0]} is in {path} and in a file before it. Download both again.")
                 self.stored |= {n: (path, tuple(h.get_shape()), h.get_dtype()) for n, h in headers.items()}
-        wanted = {n: s for group in layout(config) for p in group for n, s in zip(p.sources, p.shapes, strict=True)}
+        wanted = {n: shape for group in layout(config) for piece in group for n, shape in piece.sources.items()}
         for name, shape in wanted.items():
             self._check(name, shape, folder)
         surplus = {name for name in self.stored if name not in wanted and not HARMLESS.fullmatch(name)}
         if config.tie_word_embeddings and HEAD in surplus and self._equal(HEAD, EMBEDDING):
             surplus.remove(HEAD)
         if surplus:
-            raise CheckpointError(
-                f"{folder} has {len(surplus)} tensors that its config.json does not account for, such as "
-                f"{min(surplus)!r:.80}. Does config.json belong to these weights?"
-            )
+            more = f"{len(surplus)} tensors that its config.json does not account for"
+            raise CheckpointError(f"{folder} has {more}, such as {min(surplus)!r:.80}. {MISMATCH}")
 
     def _check(self, name: str, shape: tuple[int, ...], folder: Path) -> None:
         if name not in self.stored:
             raise CheckpointError(f"{folder} has no tensor {name!r}. Is the download complete?")
         path, given, dtype = self.stored[name]
         if given != shape:
-            raise CheckpointError(
-                f"{name} in {path} has shape {given!s:.80}, config.json asks for {shape}. "
-                "Does config.json belong to these weights?"
-            )
+            raise CheckpointError(f"{name} in {path} has shape {given!s:.80}, config.json asks for {shape}. {MISMATCH}")
         if dtype not in STORED:
             raise CheckpointError(
-                f"{name} in {path} is {dtype}, not {', '.join(STORED)}: quantised weights are not read."
+                f"{name} in {path} is {dtype}, not {', '.join(STORED)}: quantised."
             )
 
     def _equal(self, one: str, other: str) -> bool:
@@ -209,15 +199,15 @@ def load_model(
     kind = choose_dtype(dtype, place)
     if kernels not in KERNELS:
         raise ConfigError(f"kernels={kernels!r} is unknown. Choose one of {', '.join(map(repr, KERNELS))}.")
-    how: dict[str, Any] = dict(kernels=kernels, progress=progress)
+    source: Source
     if isinstance(name, str) and name.startswith("random:"):
         config = named_shape(name.removeprefix("random:"))
-        return assemble(
-            config, RandomWeights(config, kind, torch.Generator(place).manual_seed(seed)), place, kind, **how
-        )
-    folder = checkpoint_folder(name)
-    config = read_config(folder)
-    return assemble(config, Checkpoint(folder, config), place, kind, **how)
+        source = RandomWeights(config, kind, torch.Generator(place).manual_seed(seed))
+    else:
+        folder = checkpoint_folder(name)
+        config = read_config(folder)
+        source = Checkpoint(folder, config)
+    return assemble(config, source, place, kind, kernels=kernels, progress=progress)
 
 
 def assemble(
@@ -255,7 +245,7 @@ def _place(
     path, attribute = piece.ours.rsplit(".", 1)
     module = model.get_submodule(path)
     kind = torch.float32 if isinstance(module, RMSNorm) and dtype != torch.float64 else dtype
-    parts = [read(name, shape).to(device, kind) for name, shape in zip(piece.sources, piece.shapes, strict=True)]
+    parts = [read(name, shape).to(device, kind) for name, shape in piece.sources.items()]
     if piece.repeats:
         parts = [part.expand(rows, -1) for part, rows in zip(parts, piece.repeats, strict=True)]
     fused = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
@@ -280,8 +270,7 @@ def checkpoint_folder(name: str | Path) -> Path:
     text, embedded = str(name), sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir())
     if isinstance(name, str) and name in embedded:
         return EMBEDDED / name
-    folder = Path(os.path.expanduser(text))
-    if folder.is_dir():
+    if (folder := Path(os.path.expanduser(text))).is_dir():
         return folder
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _download(name)
@@ -297,11 +286,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]))
     except Exception as error:  # the hub's client raises half a dozen unrelated types when it is offline
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{name!r} is no folder here and could not be fetched from the hub ({reason}). Check the name and the "
-            "network, or give a folder that holds the model."
-        ) from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        what = f"{name!r} is no folder here and could not be fetched from the hub ({reason})"
+        raise CheckpointError(f"{what}. Check the name and the network, or give a folder.") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -311,10 +298,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not os.path.lexists(index):
         other = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "none"
-        raise CheckpointError(
-            f"{folder} has no model.safetensors and no index of shards (pickled weights, which are never loaded: "
-            f"{other}). Convert the model to safetensors."
-        )
+        what = f"{folder} has no model.safetensors and no index of shards"
+        raise CheckpointError(f"{what} (pickled weights, which are never loaded: {other}). Convert the model.")
     weight_map = read_json(index).get("weight_map")
     files = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
@@ -332,17 +317,13 @@ def _open_file(path: Path) -> Any:
 
 def choose_device(device: str | torch.device) -> torch.device:
     """ "auto", "cpu", "cuda" or "cuda:<n>", or PyTorch's object for one of these, as a device that exists here."""
-    device = str(device)
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+    device, gpus = str(device), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = device if device != "auto" else "cuda" if gpus else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name, re.ASCII):
         raise ConfigError(f"Unknown device {device!r}. Known: 'auto', 'cpu', 'cuda', 'cuda:<n>'.")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}, but PyTorch sees no CUDA GPU here. Use device='cpu' or 'auto'.")
-    place = torch.device(device)
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={device!r}, but there are {torch.cuda.device_count()} GPUs, counted from 0.")
-    return place
+    if name != "cpu" and int(name[5:] or 0) >= gpus:
+        raise ConfigError(f"device={device!r}, but PyTorch sees {gpus or 'no'} CUDA GPU here. Use 'cpu' or 'auto'.")
+    return torch.device(name)
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -359,4 +340,4 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def cpu_computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16 or AMX). Elsewhere it is emulated and slow."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)  # bool() is False

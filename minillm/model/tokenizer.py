@@ -24,9 +24,10 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from minillm import seams
-from minillm.errors import CheckpointError, RequestError
+from minillm.errors import CheckpointError, RequestError, shown
 from minillm.model.hf import MAX_JSON, check_file, generation_ends, read_config, read_json
 from minillm.model.loader import EMBEDDED, checkpoint_folder
+from minillm.sampling import is_text
 
 Message = Mapping[str, Any]
 RenderChat = Callable[[Sequence[Message]], str]
@@ -58,10 +59,6 @@ class Tokenizer:
         """Every token as the vocabulary itself spells it, special ones included."""
         return {index: token for token, index in self._backend.get_vocab(with_added_tokens=True).items()}
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat is not None
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; begins with BOS exactly where the model's own tokenizer does it.
 
@@ -69,13 +66,8 @@ class Tokenizer:
         """
         self._backend.no_truncation()  # a file may bring either, and whoever shares the object may switch it on
         self._backend.no_padding()
-        try:
-            text.encode()
-        except (UnicodeError, AttributeError):
-            raise RequestError(
-                f"A prompt must be a string of Unicode characters, not {text!r:.80}. Give text, or token ids where "
-                "the caller takes them."
-            ) from None
+        if not is_text(text):
+            raise RequestError(f"A prompt must be a string without half characters, not {shown(text)}. Give text.")
         with _named_errors("This model's tokenizer cannot encode the text"):
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
@@ -103,10 +95,7 @@ class Tokenizer:
         template, such as the embedded ones.
         """
         if self._chat is None:
-            raise RequestError(
-                "This model has no chat template: it continues text and was never taught to answer. "
-                "Use generate, or choose an instruction-tuned model such as Qwen/Qwen3-0.6B."
-            )
+            raise RequestError("This model has no chat template. Use generate, or a model such as Qwen/Qwen3-0.6B.")
         return self.encode(self._chat(messages), add_special_tokens=False)
 
 
@@ -156,19 +145,14 @@ def _load_with_transformers(folder: Path, ends: tuple[int, ...]) -> Tokenizer:
         read_json(path) if path.suffix == ".json" else check_file(path, MAX_JSON)
     if os.path.lexists(folder / "tokenizer.json"):
         _check_tokenizer(folder / "tokenizer.json")
-    with _named_errors(
-        f"{folder} has no tokenizer that transformers can load. A model folder needs tokenizer.json and "
-        "tokenizer_config.json beside its weights"
-    ):
+    with _named_errors(f"{folder} has no tokenizer that transformers can load, such as tokenizer.json"):
         loaded: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         own, template = loaded.eos_token_id, loaded.chat_template
         names = {name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
         backend = loaded.backend_tokenizer
     template = template.get("default") if isinstance(template, dict) else template
     if not isinstance(template, str | None):
-        raise CheckpointError(
-            f"{folder}: chat_template of tokenizer_config.json is {template!r:.80}, a text is needed."
-        )
+        raise CheckpointError(f"{folder} has chat_template={template!r:.80} in its files; a text is needed.")
     chat = seams.offer("chat_template")
     render = chat.ChatTemplate(template, names).render if chat and template else None
     return Tokenizer(backend, eos_token_ids=ends if own is None else (own, *ends), chat=render)
@@ -218,10 +202,7 @@ def _spelling(backend: Backend) -> Callable[[str], bytes]:
         return _sentencepiece_bytes
     if backend.token_to_id("Ċ") is not None:
         return _byte_level_bytes
-    raise CheckpointError(
-        "This tokenizer can spell neither bytes as letters (byte-level BPE) nor as <0x0A> (SentencePiece with byte "
-        "fallback). The models of the Llama family have one of the two; check tokenizer.json."
-    )
+    raise CheckpointError("This tokenizer can spell neither bytes as letters nor as <0x0A>. Check tokenizer.json.")
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

@@ -148,7 +148,7 @@ width = cache.keys.element_size()
 print(f"keys {[*cache.keys.shape]}: layers, KV heads, places, numbers. Values the same.")
 print(f"{config.num_heads} query heads share {kv_heads} KV heads; queries are not kept")
 print(
-    f"2 · {layers} · {kv_heads} · {head_dim} · {width} = {cache.bytes_per_token:,} bytes a token"
+    f"2 · {layers} · {kv_heads} · {head_dim} · {width} = {(cache.keys.nbytes + cache.values.nbytes) // cache.capacity:,} bytes a token"
 )
 print(f"the package's formula says {kv_bytes_per_token(config, width):,}")
 

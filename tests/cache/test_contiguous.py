@@ -69,5 +69,5 @@ def test_bytes_per_token() -> None:
     config = random_model("qwen3").config
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         cache = ContiguousCache(config, capacity=10, device=torch.device("cpu"), dtype=dtype)
-        assert cache.bytes_per_token == 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
-        assert cache.keys.nbytes + cache.values.nbytes == 10 * cache.bytes_per_token
+        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
+        assert cache.keys.nbytes + cache.values.nbytes == 10 * per_token

@@ -130,8 +130,11 @@ def outcome(folder: Path) -> str:
         tokenizer = load_tokenizer(folder)
         assert tokenizer is not None
         assert "def" in tokenizer.decode(tokenizer.encode("def f")) or tokenizer.vocab_size < 320
-        if tokenizer.has_chat_template:
+        try:
             tokenizer.apply_chat_template(HELLO)
+        except RequestError as error:
+            if "no chat template" not in str(error):
+                raise
     except (CheckpointError, RequestError) as error:
         assert len(str(error)) > 20
         return type(error).__name__

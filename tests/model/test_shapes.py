@@ -45,7 +45,7 @@ def test_parameter_count(name: str) -> None:
     per head, so those are counted once)."""
     config = named_shape(name)
     pieces = [piece for group in layout(config) for piece in group]
-    in_files = sum(torch.Size(shape).numel() for piece in pieces for shape in piece.shapes)
+    in_files = sum(torch.Size(shape).numel() for piece in pieces for shape in piece.sources.values())
     assert in_files == PARAMETERS[name]
     with torch.device("meta"):
         model = Decoder(config)
@@ -58,7 +58,7 @@ def test_kv_bytes_per_token(name: str) -> None:
     from minillm.cache.contiguous import ContiguousCache
 
     cache = ContiguousCache(named_shape(name), capacity=1, device=torch.device("meta"), dtype=torch.bfloat16)
-    assert cache.bytes_per_token == KV_BYTES_PER_TOKEN[name]
+    assert cache.keys.nbytes + cache.values.nbytes == KV_BYTES_PER_TOKEN[name]
 
 
 def test_unknown_shape_is_refused_with_the_list() -> None:

@@ -25,7 +25,7 @@ def save_checkpoint(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.
         if piece.repeats:
             parts = [rows[0] for rows in fused.split(list(piece.repeats))]
         else:
-            parts = list(fused.split([shape[0] for shape in piece.shapes]))
+            parts = list(fused.split([shape[0] for shape in piece.sources.values()]))
         tensors |= {name: part.to("cpu", dtype).contiguous() for name, part in zip(piece.sources, parts, strict=True)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

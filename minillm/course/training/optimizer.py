@@ -71,7 +71,7 @@ def make_optimizers(
     model: Decoder, *, matrix_rate: float, vector_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the projections, AdamW without decay for the embedding (which is the head, too) and the norms."""
-    rows = {piece.ours: [shape[0] for shape in piece.shapes] for group in layout(model.config) for piece in group}
+    rows = {piece.ours: [s[0] for s in piece.sources.values()] for group in layout(model.config) for piece in group}
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)} - {
         "head.weight"
     }
