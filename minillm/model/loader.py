@@ -138,9 +138,7 @@ class Checkpoint:
         if given != shape:
             raise CheckpointError(f"{name} in {path} has shape {given!s:.80}, config.json asks for {shape}. {MISMATCH}")
         if dtype not in STORED:
-            raise CheckpointError(
-                f"{name} in {path} is {dtype}, not {', '.join(STORED)}: quantised."
-            )
+            raise CheckpointError(f"{name} in {path} is {dtype}, not {', '.join(STORED)}: quantised.")
 
     def _equal(self, one: str, other: str) -> bool:
         """Whether two tensors have the same numbers; a few rows at a time."""
