@@ -64,7 +64,7 @@ WAYS = {
     "of a public name, as attribute": ("engine/trace.py", "import minillm\nmodel = minillm.LLM('tiny')", "llm"),
     "of a public name, inside": ("errors.py", "def f():\n    from minillm import load_model", "model.loader"),
     "of a room": ("text.py", "from minillm import cli", "cli"),
-    "of everything": ("costs/roof.py", "from minillm.measure import *", "measure"),
+    "of everything": ("costs/formulas.py", "from minillm.measure import *", "measure"),
     "relative": ("attention/tiled.py", "from ..engine.engine import Engine", "engine.engine"),
     "relative, of a room": ("cache/paged.py", "from .. import llm", "llm"),
     "relative, in a package": ("model/__init__.py", "from ..cache import paged", "cache.paged"),
@@ -104,7 +104,7 @@ CORE_LEAKS = {
     "the engine knows the course": ("engine/engine.py", "from minillm.course.use import Used"),
     "the door knows the course": ("llm.py", "def f():\n    import minillm.course.use"),
     "the public names know the course": ("__init__.py", "from minillm.course import lab"),
-    "the closed forms know a measurement": ("costs/roof.py", "from minillm.measure.hardware import Hardware"),
+    "the closed forms know a measurement": ("costs/formulas.py", "from minillm.measure.hardware import Hardware"),
     "the seams import what they offer": ("seams.py", "import minillm.kernels"),
 }
 

@@ -19,9 +19,9 @@ from minillm.cli.screen import PICTURES, check_destination, err, out, plain
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minillm.costs.roof import Roof
     from minillm.measure.bench import Quartiles, Timing
     from minillm.measure.hardware import Hardware
+    from minillm.measure.roof import Roof
     from minillm.model.decoder import Decoder
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write everything measured to a file.")]

@@ -10,14 +10,12 @@ cent of a small model, so that what stands here stays a lower bound.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from minillm.config import ModelConfig
 from minillm.costs.steps import Step, num_tokens
 
 NORM_BYTES = 4  # norm weights stay float32 in every model: see `minillm.model.decoder.RMSNorm`
-INT4_GROUP = 32  # elements of a token that share a range in int4, at most
 
 
 class Flops(NamedTuple):
@@ -114,53 +112,24 @@ def keys_seen(q_len: int, kv_len: int, window: int | None = None) -> int:
     return kv_len if window is None else min(kv_len, window + q_len - 1)
 
 
-def tiled_pairs(q_len: int, kv_len: int, window: int | None = None, q_tile: int = 1) -> int:
-    """Pairs that attention computes if `q_tile` queries share the keys that at least one of them sees.
-
-    Tiles of one query compute what is visible; one tile of all queries computes the whole rectangle.
-    """
-    return sum(rows * keys for rows, keys in _tiles(q_len, kv_len, window, q_tile))
-
-
-def tiled_keys(q_len: int, kv_len: int, window: int | None = None, q_tile: int = 1) -> int:
-    """Keys that the same tiles read: what high tiles compute in vain, they save in traffic."""
-    return sum(keys for _, keys in _tiles(q_len, kv_len, window, q_tile))
-
-
-def _tiles(q_len: int, kv_len: int, window: int | None, q_tile: int) -> Iterator[tuple[int, int]]:
-    """Queries of each tile, and keys that at least one of them sees."""
-    for start in range(0, q_len, q_tile):
-        rows = min(q_tile, q_len - start)
-        yield rows, keys_seen(rows, kv_len - q_len + start + rows, window)
-
-
 # FLOPs
 
 
-def layer_flops(config: ModelConfig, step: Step, *, q_tile: int = 1) -> Flops:
-    """FLOPs of one layer in one step: its weights times the new tokens, and 4 · heads · head_dim for each pair.
+def step_flops(config: ModelConfig, step: Step, *, logit_rows: int | None = None) -> Flops:
+    """FLOPs of a step: its weights times the new tokens, and 4 · heads · head_dim for each visible pair and layer.
 
     Scores take 2 · head_dim per pair and head, weighing the values takes as much again. Grouped queries change
-    nothing: each query head has scores of its own. `q_tile` 1 is what the causal rule asks for; see `tiled_pairs`.
+    nothing: each query head has scores of its own. The head multiplies `logit_rows` rows, by default the last one of
+    each sequence.
     """
-    window, tokens = config.sliding_window, num_tokens(step)
-    if q_tile == 1:
-        pairs = sum(visible_pairs(*sequence, window) for sequence in step)
-    else:
-        pairs = sum(tiled_pairs(*sequence, window, q_tile) for sequence in step)
+    tokens, layers = num_tokens(step), config.num_layers
+    pairs = sum(visible_pairs(*sequence, config.sliding_window) for sequence in step)
     return Flops(
-        projections=2 * tokens * attention_parameters(config),
-        attention=4 * config.num_heads * config.head_dim * pairs,
-        mlp=2 * tokens * mlp_parameters(config),
-        head=0,
+        projections=2 * layers * tokens * attention_parameters(config),
+        attention=4 * layers * config.num_heads * config.head_dim * pairs,
+        mlp=2 * layers * tokens * mlp_parameters(config),
+        head=2 * (len(step) if logit_rows is None else logit_rows) * head_parameters(config),
     )
-
-
-def step_flops(config: ModelConfig, step: Step, *, logit_rows: int | None = None, q_tile: int = 1) -> Flops:
-    """FLOPs of a step: all layers, and the head for `logit_rows` rows (by default the last one of each sequence)."""
-    rows = len(step) if logit_rows is None else logit_rows
-    layer = layer_flops(config, step, q_tile=q_tile)
-    return Flops(*(config.num_layers * part for part in layer))._replace(head=2 * rows * head_parameters(config))
 
 
 # Bytes
@@ -169,25 +138,9 @@ def step_flops(config: ModelConfig, step: Step, *, logit_rows: int | None = None
 def kv_bytes_per_token(config: ModelConfig, element_bytes: float) -> int:
     """Bytes of keys and values that one token leaves in the cache, all layers. Query heads do not count.
 
-    `element_bytes` may be a fraction: see `quantized_bytes`.
+    `element_bytes` may be a fraction: see `minillm.quantization.formats.element_bytes`.
     """
     return round(2 * config.num_layers * config.num_kv_heads * config.head_dim * element_bytes)
-
-
-def quantized_bytes(bits: int, *, group: float, scale_bits: int = 16) -> float:
-    """Bytes per element of a quantised cache: its bits, and its part of a scale (and zero point) per `group`."""
-    return (bits + scale_bits / group) / 8
-
-
-def format_element_bytes(kv_format: str, *, head_dim: int) -> float:
-    """Bytes per element of keys and values, in a format of `minillm.quantization.formats`, ranges included.
-
-    In 8 bits a token's head_dim elements share a scale. In int4 at most 32 of them share a range, whose ends are two
-    numbers.
-    """
-    if kv_format != "int4":
-        return quantized_bytes(8, group=head_dim)
-    return quantized_bytes(4, group=head_dim / -(-head_dim // INT4_GROUP), scale_bits=32)
 
 
 def step_bytes(
@@ -219,21 +172,3 @@ def least_bytes(config: ModelConfig, step: Step, element_bytes: int) -> int:
     """
     earlier = sum(keys_seen(q_len, kv_len, config.sliding_window) - q_len for q_len, kv_len in step)
     return step_bytes(config, step, element_bytes).weights + earlier * kv_bytes_per_token(config, element_bytes)
-
-
-# Where one thing overtakes another
-
-
-def decode_crossover(config: ModelConfig) -> float:
-    """c*: context at which attention takes as many FLOPs of a decode step as the matrices of the layers do."""
-    return layer_parameters(config) / (2 * config.num_heads * config.head_dim)
-
-
-def prefill_crossover(config: ModelConfig) -> float:
-    """N*: prompt length at which causal attention takes as many FLOPs as the matrices of the layers do."""
-    return layer_parameters(config) / (config.num_heads * config.head_dim) - 1
-
-
-def kv_crossover(config: ModelConfig, element_bytes: int) -> float:
-    """Tokens in the caches of all sequences (batch · context) at which decode reads as much KV as matrix weights."""
-    return element_bytes * matmul_parameters(config) / kv_bytes_per_token(config, element_bytes)

@@ -8,7 +8,6 @@ verification of γ drafts (γ + 1, context). A batch has one pair per sequence, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heapify, heapreplace
 from itertools import pairwise
 
 from minillm.errors import ConfigError
@@ -34,7 +33,8 @@ def prefill_step(tokens: int, batch: int = 1) -> Step:
 
 def chunk_steps(tokens: int, chunk: int) -> list[Step]:
     """A prompt cut into chunks: each sees the prefix before it. The last may be shorter."""
-    _at_least("chunk", chunk, 1)
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk!r} is not possible: it must be at least 1.")
     return [[(end - start, end)] for start, end in pairwise([*range(0, tokens, chunk), tokens])]
 
 
@@ -44,42 +44,5 @@ def decode_step(context: int, batch: int = 1) -> Step:
 
 
 def verify_step(context: int, drafts: int, batch: int = 1) -> Step:
-    """The newest token and `drafts` guesses behind it, scored in one step; the last makes `context` tokens."""
+    """The newest token and `drafts` guesses after it, scored in one step; the last makes `context` tokens."""
     return [(drafts + 1, context)] * batch
-
-
-def request_steps(prompt: int, new_tokens: int) -> list[Step]:
-    """A request with a KV cache: the first new token comes out of prefill, the other M - 1 cost a step each."""
-    return [prefill_step(prompt), *(decode_step(prompt + i) for i in range(1, new_tokens))]
-
-
-def recompute_steps(prompt: int, new_tokens: int) -> list[Step]:
-    """The same request without a cache: every new token is a prefill of everything before it."""
-    return [prefill_step(prompt + i) for i in range(new_tokens)]
-
-
-def static_batch_steps(lengths: Sequence[int], slots: int) -> int:
-    """Decode steps if `slots` requests start together and the next ones wait for the slowest of them.
-
-    `lengths` are decode steps per request, in order of arrival.
-    """
-    _at_least("slots", slots, 1)
-    return sum(max(lengths[start : start + slots]) for start in range(0, len(lengths), slots))
-
-
-def continuous_batch_steps(lengths: Sequence[int], slots: int) -> int:
-    """Decode steps if every free slot takes the next request at once (Orca, Yu et al. 2022).
-
-    Never fewer than the longest request, nor than all work spread evenly over the slots.
-    """
-    _at_least("slots", slots, 1)
-    free_at = [0] * slots
-    heapify(free_at)
-    for length in lengths:
-        heapreplace(free_at, free_at[0] + length)
-    return max(free_at)
-
-
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{name}={value!r} is not possible: it must be at least {minimum}.")

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from minillm.config import EngineConfig
-from minillm.costs.formulas import Bytes, format_element_bytes, kv_bytes_per_token, step_bytes
-from minillm.costs.roof import kv_tokens_that_fit
+from minillm.costs.formulas import Bytes, kv_bytes_per_token, step_bytes
 from minillm.costs.steps import decode_step
 from minillm.engine.runner import open_cache
 from minillm.errors import ConfigError
@@ -29,7 +28,7 @@ from minillm.measure.counters import Counter
 from minillm.measure.kv_quality import COMPARED, drawn_sample, fidelity, output_error, trained_samples
 from minillm.measure.stepper import StepRunner
 from minillm.model.decoder import Decoder
-from minillm.quantization.formats import FORMATS, Codec
+from minillm.quantization.formats import FORMATS, Codec, element_bytes
 
 GB = 10**9
 
@@ -71,7 +70,7 @@ class KvRow:
     @property
     def tokens_per_gb(self) -> int:
         """Tokens whose keys and values fit into 10⁹ bytes."""
-        return kv_tokens_that_fit(GB, self.allocated_bytes)
+        return GB // self.allocated_bytes
 
     def to_json(self) -> dict[str, Any]:
         counts = {"predicted_bytes_per_token": self.predicted_bytes, "bytes_per_token": self.allocated_bytes}
@@ -149,7 +148,7 @@ def _element_bytes(model: Decoder, name: str) -> float:
     """Bytes per number of the cache by formula, ranges included."""
     if name == "auto":
         return model.dtype.itemsize
-    return format_element_bytes(name, head_dim=model.config.head_dim)
+    return element_bytes(name, model.config.head_dim)
 
 
 def bench_quality(

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from minillm.config import ModelConfig
-from minillm.costs.roof import Roof, step_seconds
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, pair_ratio
 from minillm.measure.bench_serve import serve
+from minillm.measure.roof import Roof, step_seconds
 from minillm.measure.workloads import SampleRequest
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

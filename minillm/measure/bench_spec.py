@@ -24,12 +24,12 @@ from statistics import median
 from typing import Any
 
 from minillm.config import ModelConfig
-from minillm.costs.roof import Roof, expected_tokens, ridge_rows, speculative_speedup
 from minillm.engine.engine import Engine
 from minillm.engine.trace import StepRecord
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, Timing, interleaved, pair_ratio
 from minillm.measure.corpus import held_out_texts
+from minillm.measure.roof import Roof, expected_tokens, ridge_rows, speculative_speedup
 from minillm.model.tokenizer import Tokenizer
 from minillm.sampling import SamplingParams
 from minillm.speculative import SpecDecodingStats

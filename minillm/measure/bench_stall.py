@@ -18,11 +18,11 @@ from statistics import median
 from typing import Any
 
 from minillm.config import EngineConfig, ModelConfig
-from minillm.costs.roof import Roof, step_seconds
 from minillm.costs.steps import chunk_steps, decode_step
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Quartiles, quartiles
+from minillm.measure.roof import Roof, step_seconds
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
 

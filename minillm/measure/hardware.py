@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.costs.roof import Roof
 from minillm.kernels.cpu.linear import pack
 from minillm.measure.bench import interleaved
 from minillm.measure.machine import Machine, describe_machine
+from minillm.measure.roof import Roof
 from minillm.model.linear import Linear
 from minillm.model.loader import choose_device
 

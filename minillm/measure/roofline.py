@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 
 from minillm.costs.formulas import Bytes, least_bytes, step_bytes, step_flops, weight_bytes
-from minillm.costs.roof import Roof
 from minillm.costs.steps import Step, decode_step, prefill_step
 from minillm.measure.bench import Timing, interleaved
 from minillm.measure.bench_latency import check_lengths
 from minillm.measure.counters import Counter
 from minillm.measure.hardware import Hardware, dtype_name, matmul_patterns, matmul_size, read_buffer, read_patterns
+from minillm.measure.roof import Roof
 from minillm.measure.stepper import StepRunner
 from minillm.model.decoder import Decoder
 

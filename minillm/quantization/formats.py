@@ -143,6 +143,16 @@ FORMATS: Mapping[str, Codec] = {
 _BY_TYPE = {torch.float8_e4m3fn: FORMATS["fp8"], torch.int8: FORMATS["int8"], torch.uint8: FORMATS["int4"]}
 
 
+def element_bytes(name: str, head_dim: int) -> float:
+    """Bytes per element of keys and values in a format, ranges included.
+
+    In 8 bits a token's head_dim elements share a scale. In int4 at most `GROUP` of them share a range, whose ends are
+    two numbers.
+    """
+    bits, ends = (4, 2 * -(-head_dim // GROUP)) if name == "int4" else (8, 1)
+    return (bits + 8 * RANGE.itemsize * ends / head_dim) / 8
+
+
 def decode(codes: Tensor, *ranges: Tensor) -> Tensor:
     """What codes of any format stand for, in float32: their type says which format it is."""
     return _BY_TYPE[codes.dtype].decode(codes, *ranges)

@@ -18,20 +18,21 @@ from dataclasses import replace
 import torch
 
 from minillm import load_model
-from minillm.costs.formulas import kv_crossover, step_bytes, step_flops, weight_bytes
-from minillm.costs.roof import Roof, linear_intensity, tpot_bound
+from minillm.costs.formulas import step_bytes, step_flops, weight_bytes
 from minillm.costs.steps import decode_step
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, decode_curve
 from minillm.course.figures.regimes import ledger_growth, one_walk, regime_map
 from minillm.course.figures.roofline import roofline
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.lessons.crossovers import kv_crossover
 from minillm.course.lessons.regimes import Site
 from minillm.kernels.cpu.linear import pack
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.datasheets import DATASHEETS
 from minillm.measure.hardware import measure_hardware
+from minillm.measure.roof import Roof, linear_intensity, tpot_bound
 from minillm.measure.roofline import measure_roofline
 from minillm.measure.stepper import StepRunner, weightless
 from minillm.measure.units import number, quantity

@@ -19,11 +19,12 @@ import torch
 from minillm import load_model, load_tokenizer
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import merge, tiled_attention
-from minillm.costs.formulas import tiled_keys, tiled_pairs, visible_pairs
+from minillm.costs.formulas import visible_pairs
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, prefill_curve
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.figures.tiles import TileCost, softmax_strip, tile_cost, tile_order
+from minillm.course.lessons.tiles import tiled_keys, tiled_pairs
 from minillm.kernels import sdpa
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter

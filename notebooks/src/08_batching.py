@@ -18,17 +18,17 @@ from dataclasses import replace
 from minillm import decode, load_model, load_tokenizer, prefill
 from minillm.config import EngineConfig
 from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
-from minillm.costs.roof import Roof, tpot_bound
-from minillm.costs.steps import continuous_batch_steps, static_batch_steps
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.batching import batch_figure, intensity_figure
 from minillm.course.figures.curves import curves, decode_curve
 from minillm.course.figures.gantt import idle_share, seat_gantt
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.lessons.intensity import count_intensity, predict_intensity
+from minillm.course.lessons.schedules import continuous_batch_steps, static_batch_steps
 from minillm.engine.engine import Engine
 from minillm.measure.datasheets import DATASHEETS
 from minillm.measure.hardware import measure_hardware
+from minillm.measure.roof import Roof, tpot_bound
 from minillm.measure.roofline import measure_roofline
 from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
@@ -155,7 +155,7 @@ for part in mixed_step.requests:
 """
 ## The same tokens, fewer steps
 
-Who sits beside whom must not change what anybody gets. We compare both runs with each request served *alone*, and the engine's steps with the closed forms of `minillm.costs.steps`.
+Who sits beside whom must not change what anybody gets. We compare both runs with each request served *alone*, and the engine's steps with the closed forms of `minillm.course.lessons.schedules`.
 (The first token comes out of prefill, so a request takes as many steps as it wants tokens.)
 """
 

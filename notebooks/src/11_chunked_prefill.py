@@ -19,7 +19,6 @@ from minillm import load_model, load_tokenizer, prefill
 from minillm.cache.contiguous import ContiguousCache
 from minillm.config import EngineConfig
 from minillm.costs.formulas import kv_bytes_per_token
-from minillm.costs.roof import Roof, step_seconds
 from minillm.costs.steps import chunk_steps, decode_step
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, decode_curve, prefill_curve
@@ -32,6 +31,7 @@ from minillm.measure.bench_serve import serve
 from minillm.measure.bench_stall import StallBench
 from minillm.measure.datasheets import DATASHEETS
 from minillm.measure.hardware import measure_hardware
+from minillm.measure.roof import Roof, step_seconds
 from minillm.measure.summary import summarize
 from minillm.measure.workloads import Workload
 from minillm.model.shapes import named_shape

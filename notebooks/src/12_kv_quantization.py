@@ -15,8 +15,7 @@ import torch
 
 from minillm import LLM, SamplingParams, load_model, load_tokenizer
 from minillm.attention.reference import naive_attention
-from minillm.costs.formulas import format_element_bytes, step_bytes
-from minillm.costs.roof import quantized_speedup
+from minillm.costs.formulas import step_bytes
 from minillm.costs.steps import decode_step
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.formats import format_figure, quality_figure
@@ -30,8 +29,9 @@ from minillm.measure.kv_quality import (
     perplexity,
     trained_samples,
 )
+from minillm.measure.roof import quantized_speedup
 from minillm.model.shapes import named_shape
-from minillm.quantization.formats import FORMATS, Int4, PerToken8
+from minillm.quantization.formats import FORMATS, Int4, PerToken8, element_bytes
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")
@@ -168,7 +168,7 @@ for name, codec in FORMATS.items():
     stored = codec.encode(block)
     parts = [f"{str(part.dtype)[6:]} {[*part.shape]}" for part in stored]
     bits = 8 * sum(part.nbytes for part in stored) / block.numel()
-    formula = 8 * format_element_bytes(name, head_dim=block.shape[2])
+    formula = 8 * element_bytes(name, block.shape[2])
     print(f"{name:5}", ", ".join(parts))
     print(f"      {bits:.2f} bits per number, ranges included; by formula {formula:.2f}\n")
 
@@ -362,7 +362,7 @@ You need two numbers from lesson 03: weights of about 15 GB without the embeddin
 
 # %%
 llama = named_shape("llama-3.1-8b")
-shrink = 2 / format_element_bytes("int4", head_dim=llama.head_dim)
+shrink = 2 / element_bytes("int4", llama.head_dim)
 words = []
 for batch, context in ((1, 1000), (32, 8000)):
     share = step_bytes(llama, decode_step(context, batch), 2).kv_share

@@ -16,7 +16,6 @@ import torch
 
 from minillm import SamplingParams, load_model, load_tokenizer, prefill
 from minillm.config import EngineConfig
-from minillm.costs.roof import Roof, expected_tokens, speculative_speedup, step_seconds
 from minillm.costs.steps import verify_step
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures import style
@@ -37,6 +36,7 @@ from minillm.generate import generate
 from minillm.measure.bench import interleaved
 from minillm.measure.bench_spec import bench_prompts, bench_spec, crossover_batch
 from minillm.measure.datasheets import DATASHEETS
+from minillm.measure.roof import Roof, expected_tokens, speculative_speedup, step_seconds
 from minillm.measure.stepper import StepRunner
 from minillm.model.shapes import named_shape
 from minillm.sampling import probs_from_logits

@@ -19,7 +19,6 @@ from pathlib import Path
 from minillm import LLM, load_model
 from minillm.config import EngineConfig
 from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
-from minillm.costs.roof import Roof, step_seconds
 from minillm.costs.steps import decode_step, prefill_step
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, decode_curve, prefill_curve
@@ -33,6 +32,7 @@ from minillm.generate import generate
 from minillm.measure.bench import quartiles
 from minillm.measure.datasheets import DATASHEETS
 from minillm.measure.hardware import measure_hardware
+from minillm.measure.roof import Roof, step_seconds
 from minillm.measure.roofline import measure_roofline
 from minillm.measure.workloads import Workload
 from minillm.model.shapes import named_shape

@@ -12,15 +12,12 @@ import pytest
 import torch
 
 from minillm.attention.reference import visible
-from minillm.config import ModelConfig
 from minillm.costs import formulas
 from minillm.costs.steps import (
     Step,
     chunk_steps,
     decode_step,
     prefill_step,
-    recompute_steps,
-    request_steps,
     verify_step,
 )
 from minillm.model.decoder import Decoder
@@ -75,8 +72,6 @@ def test_kv_bytes_know_grouped_queries() -> None:
 
 
 def test_quantised_caches_pay_for_their_scales() -> None:
-    assert formulas.quantized_bytes(8, group=128) == 1 + 2 / 128
-    assert formulas.quantized_bytes(4, group=32) == 0.5 + 2 / 32
     plain, int8, int4 = (formulas.kv_bytes_per_token(LLAMA, b) for b in (2, 1 + 2 / 128, 0.5 + 2 / 32))
     assert (plain, int8, int4) == (131072, 66560, 36864)
 
@@ -101,25 +96,6 @@ def test_pairs_and_keys_are_those_of_the_mask() -> None:
                 mask = visible(q_len, kv_len, window)
                 assert formulas.visible_pairs(q_len, kv_len, window) == int(mask.sum()), (q_len, kv_len, window)
                 assert formulas.keys_seen(q_len, kv_len, window) == int(mask.any(0).sum()), (q_len, kv_len, window)
-
-
-def test_tiles_are_those_of_the_mask() -> None:
-    """A tile of queries computes, and reads, the columns in which its part of the mask is not empty."""
-    for q_len, kv_len, window in ((7, 7, None), (5, 12, None), (12, 12, 4), (6, 15, 5)):
-        for q_tile in (1, 2, 3, 5, 100):
-            parts = visible(q_len, kv_len, window).split(q_tile)
-            keys = [int(part.any(0).sum()) for part in parts]
-            assert formulas.tiled_keys(q_len, kv_len, window, q_tile) == sum(keys)
-            pairs = sum(len(part) * n for part, n in zip(parts, keys, strict=True))
-            assert formulas.tiled_pairs(q_len, kv_len, window, q_tile) == pairs
-
-
-def test_high_tiles_trade_flops_for_bytes() -> None:
-    """One query per tile: no pair in vain, all keys again and again. All queries in one: the other way round."""
-    n = 512
-    assert formulas.tiled_pairs(n, n, None, 1) == formulas.visible_pairs(n, n) == n * (n + 1) // 2
-    assert formulas.tiled_keys(n, n, None, 1) == n * (n + 1) // 2
-    assert (formulas.tiled_pairs(n, n, None, n), formulas.tiled_keys(n, n, None, n)) == (n * n, n)
 
 
 def test_the_causal_half_is_known() -> None:
@@ -168,28 +144,6 @@ def test_the_head_is_known() -> None:
     assert formulas.step_flops(QWEN, decode_step(1), logit_rows=0).total == flops.total - flops.head
 
 
-def test_a_whole_request_in_one_line() -> None:
-    """M tokens behind N: one prefill, M - 1 decodes; attention sees (M - 1) N + M (M - 1) / 2 keys in all of these."""
-    n, m = 300, 40
-    steps = request_steps(n, m)
-    decodes = [formulas.step_flops(LLAMA, step) for step in steps[1:]]
-    assert len(decodes) == m - 1
-    per_key = 4 * LLAMA.num_layers * LLAMA.num_heads * LLAMA.head_dim
-    assert sum(f.attention for f in decodes) == per_key * ((m - 1) * n + m * (m - 1) // 2)
-    linear = 2 * formulas.matmul_parameters(LLAMA)
-    assert all(f.total - f.attention == linear for f in decodes)
-
-
-def test_recomputing_costs_what_the_cache_saves() -> None:
-    """Without a cache the layers see n + (n + 1) + … tokens instead of n + m - 1."""
-    n, m = 30, 20
-    cached, recomputed = (
-        sum(formulas.step_flops(SMOL, step).mlp for step in steps)
-        for steps in (request_steps(n, m), recompute_steps(n, m))
-    )
-    assert recomputed * (n + m - 1) == cached * (m * n + m * (m - 1) // 2)
-
-
 # Bytes
 
 
@@ -215,15 +169,13 @@ def test_kv_is_one_percent_of_what_a_lone_decode_reads() -> None:
 
 def test_only_kv_shrinks_with_its_format() -> None:
     step = decode_step(1000, batch=32)
-    plain, int4 = (
-        formulas.step_bytes(LLAMA, step, 2, kv_element_bytes=b) for b in (2, formulas.quantized_bytes(4, group=32))
-    )
+    plain, int4 = (formulas.step_bytes(LLAMA, step, 2, kv_element_bytes=b) for b in (2, 0.5 + 2 / 32))
     assert plain.weights == int4.weights and plain.kv_read * 9 == int4.kv_read * 32
 
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_what_a_step_makes_itself_it_need_not_read(window: int | None) -> None:
-    """A prompt must read weights alone; a decode what is behind it; nothing that a sliding window hides."""
+    """A prompt must read weights alone; a decode what came before it; nothing that a sliding window hides."""
     config = replace(QWEN, sliding_window=window)
     assert formulas.least_bytes(config, prefill_step(500), 2) == formulas.weight_bytes(config, 2, 500)
     behind = 999 if window is None else window - 1
@@ -239,28 +191,7 @@ def test_a_step_without_samples_reads_no_head() -> None:
     assert with_head - without == 2 * 49152 * 576
 
 
-# Crossovers (published values, rounded)
-
-
-@pytest.mark.parametrize(
-    "config, decode, prefill, tokens",
-    [(LLAMA, 26_600, 53_000, 114_500), (QWEN, 3_800, 7_700, 10_400), (SMOL, 3_100, 6_100, 11_700)],
-)
-def test_crossovers(config: ModelConfig, decode: int, prefill: int, tokens: int) -> None:
-    assert formulas.decode_crossover(config) == pytest.approx(decode, rel=0.02)
-    assert formulas.prefill_crossover(config) == pytest.approx(prefill, rel=0.02)
-    assert formulas.kv_crossover(config, 2) == pytest.approx(tokens, rel=0.01)
-
-
-def test_crossovers_are_where_the_formulas_cross() -> None:
-    for config in (LLAMA, QWEN, SMOL):
-        for crossover, step in (
-            (formulas.decode_crossover(config), decode_step),
-            (formulas.prefill_crossover(config), prefill_step),
-        ):
-            below, above = (formulas.layer_flops(config, step(int(crossover * f))) for f in (0.99, 1.01))
-            assert below.attention < below.projections + below.mlp
-            assert above.attention > above.projections + above.mlp
+# What the formulas say
 
 
 @pytest.mark.parametrize("n, share", [(2048, 0.037), (8192, 0.13), (32768, 0.38), (131072, 0.71)])

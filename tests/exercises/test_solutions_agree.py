@@ -24,7 +24,7 @@ from minillm.attention.tiled import merge, tiled_attention
 from minillm.cache.blocks import BlockPool
 from minillm.config import EngineConfig
 from minillm.costs import formulas
-from minillm.costs.steps import request_steps
+from minillm.course.lessons.schedules import request_steps
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler
 from minillm.engine.verify import given_draft, num_accepted

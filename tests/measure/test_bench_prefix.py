@@ -9,11 +9,11 @@ import pytest
 
 from minillm.config import EngineConfig
 from minillm.costs.formulas import step_flops
-from minillm.costs.roof import Roof
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure.bench import Timing
 from minillm.measure.bench_prefix import PrefixRow, bench_prefix
+from minillm.measure.roof import Roof
 from tests.families import random_model
 
 

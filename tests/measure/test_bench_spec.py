@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from minillm.config import EngineConfig
-from minillm.costs.roof import Roof, expected_tokens
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
 from minillm.measure import bench_spec as module
 from minillm.measure.bench import Timing
 from minillm.measure.bench_spec import SpecRow, bench_prompts, bench_spec, crossover_batch
+from minillm.measure.roof import Roof, expected_tokens
 from minillm.model.tokenizer import load_tokenizer
 from minillm.speculative import DraftModelProposer, NgramProposer, SpecDecodingStats
 from tests.engine.test_fuzz import tiny_model

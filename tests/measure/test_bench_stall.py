@@ -9,10 +9,10 @@ import random
 import pytest
 
 from minillm.costs.formulas import step_flops
-from minillm.costs.roof import Roof
 from minillm.engine.scheduler import Scheduler
 from minillm.errors import ConfigError
 from minillm.measure.bench_stall import QUIET_STEPS, TAIL_STEPS, Arrival, StallBench, StallRow
+from minillm.measure.roof import Roof
 from minillm.model.decoder import Decoder
 from tests.families import random_model
 

@@ -20,10 +20,11 @@ from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 from minillm.cache.contiguous import ContiguousCache
 from minillm.cache.paged import PagedCache
-from minillm.config import EngineConfig
+from minillm.config import EngineConfig, ModelConfig
 from minillm.costs import formulas
 from minillm.costs.formulas import Bytes
 from minillm.costs.steps import Step, chunk_steps, decode_step, prefill_step, verify_step
+from minillm.course.lessons.tiles import tiled_keys, tiled_pairs
 from minillm.engine.engine import Engine
 from minillm.generate import extend, prefill
 from minillm.kernels.sdpa import attention as fused
@@ -71,6 +72,13 @@ def tiled(q_tile: int) -> Backend:
     return one_by_one(kernel)
 
 
+def tiled_flops(config: ModelConfig, step: Step, q_tile: int) -> formulas.Flops:
+    """FLOPs of a step whose attention computes whole tiles of `q_tile` queries."""
+    pairs = sum(tiled_pairs(*sequence, config.sliding_window, q_tile) for sequence in step)
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    return formulas.step_flops(config, step)._replace(attention=attention)
+
+
 FUSED, NAIVE = one_by_one(fused), one_by_one(naive_attention)
 
 
@@ -99,7 +107,7 @@ def test_counted_is_predicted(family: str, step: Step) -> None:
     assert flops_by_part(counted) == formulas.step_flops(model.config, step)
     moved, predicted = counted.total.bytes, formulas.step_bytes(model.config, step, 4)
     assert (moved.weights, moved.kv_write) == (predicted.weights, predicted.kv_write)
-    keys = sum(formulas.tiled_keys(*sequence, model.config.sliding_window, 1) for sequence in step)
+    keys = sum(tiled_keys(*sequence, model.config.sliding_window, 1) for sequence in step)
     assert moved.kv_read == keys * formulas.kv_bytes_per_token(model.config, 4)
 
 
@@ -110,8 +118,8 @@ def test_tiles_compute_and_read_what_they_touch(family: str, backend: Backend, q
     model = two_layers(family)
     for step in STEPS.values():
         counted = count(model, step, backend)
-        assert flops_by_part(counted) == formulas.step_flops(model.config, step, q_tile=q_tile)
-        keys = sum(formulas.tiled_keys(*sequence, model.config.sliding_window, q_tile) for sequence in step)
+        assert flops_by_part(counted) == tiled_flops(model.config, step, q_tile)
+        keys = sum(tiled_keys(*sequence, model.config.sliding_window, q_tile) for sequence in step)
         assert counted.total.bytes.kv_read == keys * formulas.kv_bytes_per_token(model.config, 4)
 
 
@@ -127,7 +135,7 @@ def test_the_engines_own_attention_reads_each_key_once(family: str) -> None:
         assert counted.total.bytes._replace(activations=0) == formulas.step_bytes(model.config, step, 4)
         masked = name in ("chunk", "verify") or (name == "prefill" and model.config.sliding_window)
         if name != "mixed":
-            assert flops_by_part(counted) == formulas.step_flops(model.config, step, q_tile=100 if masked else 1)
+            assert flops_by_part(counted) == tiled_flops(model.config, step, 100 if masked else 1)
 
 
 @pytest.mark.parametrize("family", ["llama2", "qwen3"])
@@ -135,7 +143,7 @@ def test_naive_attention_computes_the_square(family: str) -> None:
     model = two_layers(family)
     for step in STEPS.values():
         counted = count(model, step, NAIVE)
-        assert flops_by_part(counted) == formulas.step_flops(model.config, step, q_tile=100)
+        assert flops_by_part(counted) == tiled_flops(model.config, step, 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -226,7 +234,7 @@ def test_an_engines_steps_cost_what_their_records_say(policy: str, block_size: i
 @pytest.mark.parametrize(
     "mutant",
     [
-        lambda c, s: formulas.step_flops(c, s, q_tile=10**6),  # causal half forgotten
+        lambda c, s: tiled_flops(c, s, 10**6),  # causal half forgotten
         lambda c, s: formulas.step_flops(c, s, logit_rows=0),  # head forgotten
         lambda c, s: formulas.step_flops(c, s, logit_rows=s[0][0]),  # head for every row
         lambda c, s: formulas.step_flops(replace(c, head_dim=c.hidden_size // c.num_heads), s),  # heads · d = hidden
@@ -267,7 +275,7 @@ def test_layers_and_parts_add_up() -> None:
         assert Bytes(*map(sum, zip(*(cost.bytes for cost in groups.values()), strict=True))) == counted.total.bytes
     layers = counted.by_layer()
     assert set(layers) == {None, 0, 1, 2} and layers[0] == layers[1] == layers[2]
-    layer = formulas.layer_flops(model.config, STEPS["decode"])
+    layer = formulas.step_flops(replace(model.config, num_layers=1), STEPS["decode"], logit_rows=0)
     assert count(model, STEPS["decode"]).by_layer()[1].flops == layer.total
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from minillm.costs.formulas import least_bytes, step_flops
-from minillm.costs.roof import Roof
 from minillm.costs.steps import decode_step, prefill_step
 from minillm.errors import ConfigError
 from minillm.measure import roofline
 from minillm.measure.bench import Timing
 from minillm.measure.hardware import Hardware
 from minillm.measure.machine import describe_machine
+from minillm.measure.roof import Roof
 from minillm.measure.roofline import RooflineRun, measure_roofline
 from tests.families import random_model
 

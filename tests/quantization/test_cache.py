@@ -12,10 +12,11 @@ import torch
 from minillm import seams
 from minillm.cache.paged import block_bytes, choose_num_blocks
 from minillm.config import EngineConfig, ModelConfig
-from minillm.costs.formulas import format_element_bytes, kv_bytes_per_token
+from minillm.costs.formulas import kv_bytes_per_token
 from minillm.errors import ConfigError
 from minillm.quantization import attention, cache
 from minillm.quantization.cache import FORMATS, QuantizedCache, open_cache
+from minillm.quantization.formats import element_bytes
 
 CONFIG = ModelConfig("LlamaForCausalLM", 50, 24, 32, 3, 6, 2, 64, max_position_embeddings=4000)
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def shaped(head_dim: int) -> ModelConfig:
 def test_a_cache_occupies_what_the_formula_says(name: str, head_dim: int) -> None:
     """Integers, and nothing else: codes and ranges, whatever the size of a block."""
     config = shaped(head_dim)
-    per_token = kv_bytes_per_token(config, format_element_bytes(name, head_dim=head_dim))
+    per_token = kv_bytes_per_token(config, element_bytes(name, head_dim))
     for block_size in (1, 7, 16):
         made = opened(name, config, 5, block_size)
         assert made.bytes_per_token == per_token and made.num_bytes == 5 * block_size * per_token

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minillm.costs.formulas import (
-    Bytes,
-    format_element_bytes,
-    kv_bytes_per_token,
-    kv_crossover,
-    step_bytes,
-    step_flops,
-)
-from minillm.costs.roof import quantized_speedup
-from minillm.costs.steps import Step, decode_step, recompute_steps, request_steps
+from minillm.costs.formulas import Bytes, kv_bytes_per_token, step_bytes, step_flops
+from minillm.costs.steps import Step, decode_step
 from minillm.course.claims.card import Finding, always, claim
 from minillm.course.claims.workbench import Served, Workbench
+from minillm.course.lessons.crossovers import kv_crossover
+from minillm.course.lessons.schedules import recompute_steps, request_steps
 from minillm.generate import generate, prefill
 from minillm.measure.counters import Counter
+from minillm.measure.roof import quantized_speedup
 from minillm.measure.stepper import StepRunner, weightless
 from minillm.model.decoder import Decoder
+from minillm.quantization.formats import element_bytes
 from minillm.sampling import SamplingParams
 
 SHARED, LENGTH = 48, 64  # tokens of two prompts that are the same, of how many
@@ -198,7 +194,7 @@ def _crossing(bench: Workbench) -> float:
 def quantised_cache(bench: Workbench) -> dict[str, Finding]:
     config = bench.shape("llama-3.1-8b").config
     layer = weightless(replace(config, num_layers=1))
-    shrink = 2 / format_element_bytes("int8", head_dim=config.head_dim)
+    shrink = 2 / element_bytes("int8", config.head_dim)
 
     def gain(context: int) -> tuple[float, float, float]:
         step = decode_step(context)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from math import log
 
 from minillm.costs.formulas import least_bytes, matmul_parameters, step_bytes, step_flops, weight_bytes
-from minillm.costs.roof import step_seconds
 from minillm.costs.steps import chunk_steps, decode_step, num_tokens
 from minillm.course.claims.card import Finding, always, claim
 from minillm.course.claims.workbench import Served, Workbench
 from minillm.measure.hardware import dtype_name
+from minillm.measure.roof import step_seconds
 
 NEAR = 0.5  # of a bound: a step that takes at most twice as long is bound by it
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from time import perf_counter
 
-from minillm.costs.formulas import prefill_crossover, step_flops
-from minillm.costs.roof import latency_shares
-from minillm.costs.steps import prefill_step, request_steps
+from minillm.costs.formulas import step_flops
+from minillm.costs.steps import prefill_step
 from minillm.course.claims.card import Finding, claim
 from minillm.course.claims.workbench import Served, Workbench
+from minillm.course.lessons.crossovers import prefill_crossover
+from minillm.course.lessons.schedules import request_steps
 from minillm.generate import generate, prefill
 from minillm.measure.bench_stall import StallBench
 from minillm.measure.counters import Counter
@@ -166,7 +167,7 @@ def prompt_is_slow(bench: Workbench) -> dict[str, Finding]:
         times = [perf_counter()]
         for _ in generate(bench.tiny, bench.prompt(prompt), greedy):
             times.append(perf_counter())
-        return 100 * latency_shares(times[1] - times[0], (times[-1] - times[1]) / (new - 1), new)[0]
+        return 100 * (times[1] - times[0]) / (times[-1] - times[0])
 
     return {
         "long": Finding("TTFT's part of the time, 1024 in, 4 out", None, share(1024, 4), "%"),

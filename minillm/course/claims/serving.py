@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from minillm.costs.roof import attention_intensity
 from minillm.costs.steps import decode_step
 from minillm.course.claims.card import Finding, claim
 from minillm.course.claims.workbench import Served, Workbench
 from minillm.generate import extend
 from minillm.measure.counters import Counter
+from minillm.measure.roof import attention_intensity
 from minillm.sampling import SamplingParams
 
 LENGTHS = (20, 35, 50, 65, 80, 120, 160, 240)  # prompts of different requests

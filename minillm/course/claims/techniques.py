@@ -12,12 +12,12 @@ import torch
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 from minillm.cache.contiguous import ContiguousCache
-from minillm.costs.roof import expected_tokens, speculative_speedup
 from minillm.course.claims.card import Finding, always, claim
 from minillm.course.claims.workbench import Workbench
 from minillm.generate import generate, prefill
 from minillm.kernels import sdpa
 from minillm.measure.counters import Counter
+from minillm.measure.roof import expected_tokens, speculative_speedup
 from minillm.sampling import SamplingParams
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minillm.cache.contiguous import ContiguousCache
 from minillm.config import EngineConfig
-from minillm.costs.roof import Roof, ridge_rows
 from minillm.costs.steps import Step, decode_step, prefill_step, verify_step
 from minillm.engine.engine import Engine
 from minillm.engine.trace import StepRecord
@@ -25,6 +24,7 @@ from minillm.measure.bench import Timing, interleaved
 from minillm.measure.bench_latency import Ceilings
 from minillm.measure.counters import Counter
 from minillm.measure.hardware import Hardware, dtype_name, measure_hardware
+from minillm.measure.roof import Roof, ridge_rows
 from minillm.measure.stepper import StepRunner, weightless
 from minillm.model.decoder import Attend, Decoder
 from minillm.model.loader import load_model

@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minillm.costs.roof import Roof
 from minillm.course.figures import style
 from minillm.course.lessons.intensity import BatchIntensity
 from minillm.errors import ConfigError
+from minillm.measure.roof import Roof
 from minillm.measure.roofline import Point, RooflineRun
 from minillm.measure.units import number
 

@@ -13,11 +13,11 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from minillm.config import ModelConfig
 from minillm.costs.formulas import least_bytes, step_flops
-from minillm.costs.roof import Roof
 from minillm.course.figures import style
 from minillm.course.figures.gantt import LOOKS
 from minillm.engine.trace import StepRecord
 from minillm.errors import ConfigError
+from minillm.measure.roof import Roof
 from minillm.measure.units import quantity
 from minillm.outputs import RequestMetrics
 

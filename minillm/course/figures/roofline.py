@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from minillm.costs.roof import Roof
 from minillm.course.figures import style
+from minillm.measure.roof import Roof
 from minillm.measure.roofline import Point, RooflineRun
 from minillm.measure.units import PREFIXES, number, quantity
 

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from minillm.costs.roof import expected_tokens
 from minillm.course.figures import style
 from minillm.errors import ConfigError
 from minillm.measure.bench_spec import SpecRow
+from minillm.measure.roof import expected_tokens
 
 LOOKS = ((style.DRAFT, "o"), (style.INK, "s"), (style.PETROFF10[5], "^"), (style.QUIET, "D"))  # of sweeps
 LEFT, GAP = 0.5, 0.65  # inches: for the labels of a y axis, and between two panels

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from minillm.config import ModelConfig
-from minillm.costs.roof import attention_intensity, intensity
 from minillm.costs.steps import decode_step
 from minillm.measure.counters import Counter
+from minillm.measure.roof import attention_intensity, intensity
 from minillm.measure.stepper import StepRunner, weightless
 
 BYTES = 2  # per element: bfloat16

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from minillm.config import ModelConfig
 from minillm.costs.formulas import kv_bytes_per_token, least_bytes, step_flops, weight_bytes
-from minillm.costs.roof import Roof
 from minillm.costs.steps import decode_step
+from minillm.measure.roof import Roof
 
 TERMS = ("weights", "KV cache", "arithmetic", "overhead")
 

@@ -11,12 +11,12 @@ from functools import cache
 
 import pytest
 
-from minillm.costs.roof import Roof, step_seconds
 from minillm.costs.steps import decode_step
 from minillm.course.claims import CLAIMS, Card, Finding, Workbench
 from minillm.course.claims.card import claim as make_claim
 from minillm.measure.hardware import Hardware
 from minillm.measure.machine import describe_machine
+from minillm.measure.roof import Roof, step_seconds
 from minillm.model.decoder import Decoder
 
 VERDICTS = {  # of claims about counts: what must come out on every machine

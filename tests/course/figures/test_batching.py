@@ -8,11 +8,11 @@ import pytest
 from numpy.testing import assert_allclose
 
 from minillm.costs.formulas import Bytes
-from minillm.costs.roof import Roof
 from minillm.course.figures.batching import batch_figure, intensity_figure
 from minillm.course.lessons.intensity import BatchIntensity, predict_intensity
 from minillm.errors import ConfigError
 from minillm.measure.bench import Timing
+from minillm.measure.roof import Roof
 from minillm.measure.roofline import Point, RooflineRun
 from tests.course.figures.tidy import untidy
 from tests.families import random_model

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from minillm.config import ModelConfig
 from minillm.costs.formulas import least_bytes, step_flops
-from minillm.costs.roof import Roof
 from minillm.course.figures import style
 from minillm.course.figures.dashboard import load_dashboard, parts_by_request, step_points
 from minillm.engine.trace import StepRecord
 from minillm.errors import ConfigError
+from minillm.measure.roof import Roof
 from minillm.measure.units import quantity
 from minillm.model.shapes import named_shape
 from minillm.outputs import RequestMetrics

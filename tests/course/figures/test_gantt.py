@@ -10,10 +10,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from minillm.costs.steps import static_batch_steps
 from minillm.course.figures import gantt as module
 from minillm.course.figures import style
 from minillm.course.figures.gantt import budget_figure, idle_share, seat_gantt, stays
+from minillm.course.lessons.schedules import static_batch_steps
 from minillm.engine.trace import StepRecord
 from minillm.errors import ConfigError
 from tests.course.figures.pools import add, busy_engine

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from minillm.costs.formulas import Bytes, step_bytes
-from minillm.costs.roof import Roof
 from minillm.costs.steps import decode_step
 from minillm.course.figures.regimes import LOOKS, ledger_growth, one_walk, regime_map
 from minillm.course.lessons.regimes import Site
+from minillm.measure.roof import Roof
 from minillm.model.shapes import named_shape
 from tests.course.figures.tidy import texts_of, untidy
 

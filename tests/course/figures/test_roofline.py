@@ -9,10 +9,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from minillm.costs.formulas import Bytes
-from minillm.costs.roof import Roof
 from minillm.course.figures import style
 from minillm.course.figures.roofline import roofline
 from minillm.measure.bench import Timing
+from minillm.measure.roof import Roof
 from minillm.measure.roofline import Point, RooflineRun
 from tests.course.figures.tidy import texts_of, untidy
 

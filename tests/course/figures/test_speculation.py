@@ -9,11 +9,11 @@ import torch
 from matplotlib.axes import Axes
 from numpy.testing import assert_allclose
 
-from minillm.costs.roof import expected_tokens
 from minillm.course.figures.speculation import Sweep, acceptance_lengths, output_distributions, speedups
 from minillm.errors import ConfigError
 from minillm.measure.bench import Timing
 from minillm.measure.bench_spec import SpecRow
+from minillm.measure.roof import expected_tokens
 from minillm.speculative import SpecDecodingStats
 from tests.course.figures.tidy import texts_of, untidy
 from tests.speculative.chance import random_probs

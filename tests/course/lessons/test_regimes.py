@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from minillm.costs.formulas import kv_bytes_per_token, kv_crossover, step_flops, weight_bytes
-from minillm.costs.roof import Roof
+from minillm.costs.formulas import kv_bytes_per_token, step_flops, weight_bytes
 from minillm.costs.steps import decode_step
+from minillm.course.lessons.crossovers import kv_crossover
 from minillm.course.lessons.regimes import TERMS, Site
+from minillm.measure.roof import Roof
 from minillm.model.shapes import named_shape
 
 LLAMA = named_shape("llama-3.1-8b")

@@ -1,4 +1,4 @@
-"""What FLOPs and bytes mean for time: roofline, ridge, bounds on TTFT and TPOT, utilisation, speculation.
+"""What FLOPs and bytes mean for time: roofline, ridge, bound on TPOT, utilisation, speculation.
 
 Pure functions of `minillm.costs.formulas` and two numbers of a machine (`minillm.measure.hardware` measures them,
 `minillm.measure.datasheets` quotes them).
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from minillm.config import ModelConfig
 from minillm.costs.formulas import least_bytes, step_bytes, step_flops
-from minillm.costs.steps import Step, decode_step, prefill_step
+from minillm.costs.steps import Step, decode_step
 
 
 class Roof(NamedTuple):
@@ -45,11 +45,6 @@ class Roof(NamedTuple):
 def step_seconds(config: ModelConfig, step: Step, element_bytes: int, roof: Roof) -> float:
     """Seconds that a step takes at least: the longer of its FLOPs and of the bytes that it cannot avoid to read."""
     return roof.seconds(step_flops(config, step).total, least_bytes(config, step, element_bytes))
-
-
-def ttft_bound(config: ModelConfig, prompt: int, element_bytes: int, roof: Roof) -> float:
-    """Seconds to the first token at least, for a prompt that nobody delays: one prefill."""
-    return step_seconds(config, prefill_step(prompt), element_bytes, roof)
 
 
 def tpot_bound(config: ModelConfig, context: int, element_bytes: int, roof: Roof, *, batch: int = 1) -> float:
@@ -114,14 +109,3 @@ def speculative_speedup(acceptance: float, drafts: int, draft_cost: float, verif
     `verify_cost` 1 means that checking γ + 1 tokens takes as long as decoding one: true while memory is the bound.
     """
     return expected_tokens(acceptance, drafts) / (drafts * draft_cost + verify_cost)
-
-
-def kv_tokens_that_fit(cache_bytes: int, bytes_per_token: int) -> int:
-    """Tokens whose KV fits into a budget: what bounds the batch when memory is full."""
-    return cache_bytes // bytes_per_token
-
-
-def latency_shares(ttft: float, tpot: float, new_tokens: int) -> tuple[float, float]:
-    """Parts of the end-to-end latency spent before the first token and after it: M - 1 steps of TPOT."""
-    total = ttft + (new_tokens - 1) * tpot
-    return ttft / total, 1 - ttft / total

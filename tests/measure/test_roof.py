@@ -6,10 +6,10 @@ from math import inf
 
 import pytest
 
-from minillm.costs import roof
 from minillm.costs.formulas import least_bytes, step_bytes, step_flops
-from minillm.costs.roof import Roof
 from minillm.costs.steps import decode_step, prefill_step, verify_step
+from minillm.measure import roof
+from minillm.measure.roof import Roof
 from minillm.model.shapes import named_shape
 
 LLAMA, QWEN, SMOL = named_shape("llama-3.1-8b"), named_shape("qwen3-0.6b"), named_shape("smollm2-135m")
@@ -40,7 +40,7 @@ def test_time_per_token_of_an_8b_model(batch: int, context: int, milliseconds: f
 
 def test_a_prompt_token_costs_a_ridge_less_than_an_output_token() -> None:
     """Cost of a token read against one written, both at their bound: 1 / ridge."""
-    read = roof.ttft_bound(LLAMA, 10_000, 2, Roof(GPU.flops_per_second, inf)) / 10_000
+    read = roof.step_seconds(LLAMA, prefill_step(10_000), 2, Roof(GPU.flops_per_second, inf)) / 10_000
     written = roof.tpot_bound(LLAMA, 1, 2, Roof(inf, GPU.bytes_per_second))
     assert written / read == pytest.approx(GPU.ridge, rel=0.2)  # the head runs once per prompt, attention comes on top
 
@@ -93,12 +93,3 @@ def test_speculation_pays_only_while_verifying_is_cheap() -> None:
 def test_quantising_a_small_share_gains_little() -> None:
     assert roof.quantized_speedup(0.22, 4) == pytest.approx(1.2, abs=0.01)
     assert roof.quantized_speedup(0.01, 4) < 1.01 and roof.quantized_speedup(1.0, 4) == 4
-
-
-def test_latency_shares_count_m_minus_1_steps() -> None:
-    assert roof.latency_shares(1.0, 0.1, 11) == (0.5, 0.5)
-    assert roof.latency_shares(1.0, 0.1, 1) == (1.0, 0.0)
-
-
-def test_tokens_that_fit() -> None:
-    assert roof.kv_tokens_that_fit(2**30, 131072) == 8192
