@@ -83,7 +83,9 @@ def seat_gantt(runs: Mapping[str, Sequence[StepRecord]], seats: int) -> Figure:
     Raises ConfigError without steps.
     """
     if not runs or not all(runs.values()):
-        raise ConfigError("A run without steps cannot be drawn. Give the engine trace_bytes above 0 and work.")
+        raise ConfigError(
+            "A run without steps cannot be drawn. Give the engine trace_bytes above 0, and something to do."
+        )
     panel = CAPTION + seats * SEAT
     figure = style.new_figure(TITLE + len(runs) * panel + 0.6)
     style.add_title(figure, _gantt_title(runs, seats))
