@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests import house  # noqa: E402 — the project's root is not on the path of a script in docs/
 
-WIDTH = 800
+WIDTH = 840
 SIZE = 12  # of the smallest letters
 LINE = 16
 PAD = 9
@@ -42,6 +42,7 @@ ROOMS = {
     "kernels": ("kernels", "the same, faster on this machine"),
     "quantization": ("quantization", "keys and values in fewer bytes"),
     "speculative": ("speculative", "guesses tokens, which are then checked"),
+    "shapes": ("shapes", "known models with random weights, to measure"),
     "chat": ("chat", "messages to a prompt, by the model's template"),
     "llm": ("llm, __init__", "the front door: prompts in, text out"),
     "measure": ("measure", "benchmarks, counters, what this machine can do"),

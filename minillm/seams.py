@@ -16,6 +16,7 @@ OFFERS = {
     "attention": {"cpu": "minillm.kernels.cpu.attention", "cuda": "minillm.kernels.sdpa"},
     "paged_attention": {"cpu": "minillm.kernels.cpu.paged", "cuda": "minillm.kernels.gpu.paged"},
     "graphs": {"cuda": "minillm.kernels.gpu.graphs"},
+    "random_weights": {ANY: "minillm.shapes"},
     "chat_template": {ANY: "minillm.chat"},
     "kv_format": {ANY: "minillm.quantization.cache"},
     "quantized_attention": {"cuda": "minillm.kernels.gpu.quantized"},

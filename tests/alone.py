@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-EXTRAS = ("minillm.kernels", "minillm.quantization", "minillm.speculative", "minillm.chat")
+EXTRAS = ("minillm.kernels", "minillm.quantization", "minillm.speculative", "minillm.chat", "minillm.shapes")
 ABOVE = ("minillm.measure", "minillm.course", "minillm.cli")
 PACKAGES = ("triton", "numba", "matplotlib", "ipywidgets", "typer")
 
@@ -25,6 +25,7 @@ PROMPT = "def fib(n):"
 NEEDS = {
     "minillm.quantization": {"kv_format": "int8"},
     "minillm.speculative": {"speculative": "ngram"},
+    "minillm.shapes": {"model": "random:smollm2-135m"},
 }
 
 # The core's own tests are what lies in the folders of its rooms. Left out here, with the reason:
@@ -34,6 +35,7 @@ WITH_EXTRAS = {  # the extra is what they compare with, or what makes their inpu
     "attention/test_paged.py": "holds the definition against the CPU's kernels",
     "attention/test_benchmark.py": "runs the benchmark of attention, which describes the machine by minillm.measure",
     "model/test_tokenizer.py": "trains a tokenizer with minillm.course.training",
+    "costs/test_formulas.py": "takes the published shapes of minillm.shapes",
     "model/test_embedded.py": "reads held-out text with minillm.measure and the batches of the training",
 }
 SLOW = {  # they pass as well: `python -m tests.alone tests --slow`
@@ -100,7 +102,7 @@ def refuse_what_is_missing(blocked: Iterable[str]) -> None:
     for extra in set(blocked) & NEEDS.keys():
         for setting, value in NEEDS[extra].items():
             with pytest.raises(ConfigError, match=value) as raised:
-                LLM("tiny", device="cpu", **{setting: value})
+                LLM(**{"model": "tiny", "device": "cpu", setting: value})
             assert type(raised.value.__cause__) is not AttributeError
 
 

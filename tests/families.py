@@ -6,13 +6,17 @@ the prompt, stretched rotary frequencies.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from minillm.config import ModelConfig
 from minillm.model.decoder import Decoder
 from minillm.model.hf import model_config
-from minillm.model.loader import RandomWeights, assemble
+from minillm.model.loader import Read, assemble
 
 BASE: dict[str, Any] = {
     "vocab_size": 131,
@@ -50,8 +54,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A source of tensors for `assemble`: normal ones of the config's initial spread, ones for norms."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    @contextmanager
+    def open(self) -> Iterator[Read]:
+        def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+            spread = self.config.initializer_range
+            plain = torch.empty(shape, dtype=self.dtype)
+            return torch.ones(shape) if "norm" in name else plain.normal_(0, spread, generator=self.generator)
+
+        yield read
+
+
 def random_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
     """A tiny decoder of one family with random weights, on the CPU."""
     config = model_config(FAMILIES[family] | changes)
-    source = RandomWeights(config, dtype, torch.Generator().manual_seed(seed))
+    source = Drawn(config, dtype, torch.Generator().manual_seed(seed))
     return assemble(config, source, torch.device("cpu"), dtype)

@@ -25,14 +25,14 @@ FLOORS = (
     ("model",),
     ("cache",),
     ("engine", "generate", "text"),
-    ("kernels", "quantization", "speculative", "chat"),
+    ("kernels", "quantization", "speculative", "chat", "shapes"),
     ("llm", ""),
     ("measure",),
     ("course",),
     ("cli", "__main__"),
 )
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-EXTRAS = frozenset(("kernels", "quantization", "speculative", "chat"))
+EXTRAS = frozenset(("kernels", "quantization", "speculative", "chat", "shapes"))
 CORE = frozenset(room for rooms in FLOORS[:7] for room in rooms) - EXTRAS
 # Files that import a module whose name they compute. The names are read where they stand: seams.OFFERS is the one way
 # from the core to an extra, __init__._HOME the list of public names; the lab's worker imports what a learner may use.

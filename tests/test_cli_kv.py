@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm.model.shapes import SHAPES
+from minillm.shapes import SHAPES
 from tests.test_cli import folder, run, surroundings  # noqa: F401
 from tests.test_cli_serving import bench, check_width
 

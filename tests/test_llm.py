@@ -169,20 +169,6 @@ def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
     assert llm.generate("fine", GREEDY, progress=False)[0].finished
 
 
-def test_random_model_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    from minillm.model import shapes
-
-    small = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=64, head_dim=8)
-    monkeypatch.setitem(shapes.SHAPES, "small", shapes.SHAPES["qwen3-0.6b"] | small)
-    llm = LLM("random:small", device="cpu", num_blocks=10)
-    result = llm.generate([1, 2, 3], GREEDY, progress=False)[0].outputs[0]
-    assert result.text == "" and len(result.token_ids) == 12
-    wishes = (("text", GREEDY), ([1, 2], replace(GREEDY, stop="a")), ([1], replace(GREEDY, bad_words=["a"])))
-    for prompt, params in wishes:
-        with pytest.raises(RequestError, match=r"no tokenizer\. Give token ids"):
-            llm.generate(prompt, params)
-
-
 def test_a_stream_refuses_at_once(llm: LLM) -> None:
     """Not at the first `next`, when the caller may be somewhere else."""
     with pytest.raises(RequestError, match="prompt is empty"):

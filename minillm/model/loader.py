@@ -32,7 +32,6 @@ from minillm.errors import CheckpointError, ConfigError
 from minillm.model.decoder import Decoder, RMSNorm
 from minillm.model.hf import check_file, read_config, read_json
 from minillm.model.linear import Linear
-from minillm.model.shapes import named_shape
 
 EMBEDDED = Path(__file__).parent.parent / "checkpoints"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -155,25 +154,6 @@ class Checkpoint:
             yield lambda name, shape: files(self.stored[name][0]).get_tensor(name)
 
 
-@dataclass(frozen=True)
-class RandomWeights:
-    """Normal weights of the config's initial spread, ones for norms: right for time and bytes only."""
-
-    config: ModelConfig
-    dtype: torch.dtype
-    generator: torch.Generator
-
-    @contextmanager
-    def open(self) -> Iterator[Read]:
-        def read(name: str, shape: tuple[int, ...]) -> Tensor:
-            if name.endswith("norm.weight"):
-                return torch.ones(shape, device=self.generator.device)
-            tensor = torch.empty(shape, dtype=self.dtype, device=self.generator.device)
-            return tensor.normal_(0, self.config.initializer_range, generator=self.generator)
-
-        yield read
-
-
 def load_model(
     name: str | Path = "tiny",
     *,
@@ -186,7 +166,7 @@ def load_model(
     """Load a model for inference.
 
     name: "tiny" or "tiny-draft" (embedded), a folder with config.json and safetensors, a hub name such as
-    "Qwen/Qwen3-0.6B" (downloaded once), or "random:<shape>" (drawn from `seed`; see `minillm.model.shapes`).
+    "Qwen/Qwen3-0.6B" (downloaded once), or "random:<shape>" (drawn from `seed`; see `minillm.shapes`).
     device "auto" is CUDA where there is one. dtype "auto" is bfloat16 where the device computes in it, else float32.
     kernels "auto" takes what this machine offers for linear layers, "reference" leaves them to PyTorch.
 
@@ -199,8 +179,10 @@ def load_model(
         raise ConfigError(f"kernels={kernels!r} is unknown. Choose one of {', '.join(map(repr, KERNELS))}.")
     source: Source
     if isinstance(name, str) and name.startswith("random:"):
-        config = named_shape(name.removeprefix("random:"))
-        source = RandomWeights(config, kind, torch.Generator(place).manual_seed(seed))
+        extra = seams.offer("random_weights")
+        if extra is None:
+            raise ConfigError(f"{name!r} needs the extra minillm.shapes. Install it, or choose a model with weights.")
+        config, source = extra.draw(name.removeprefix("random:"), place, kind, seed)
     else:
         folder = checkpoint_folder(name)
         config = read_config(folder)

@@ -21,7 +21,7 @@ from minillm.course.figures.curves import curves, prefill_curve
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.measure.counters import Counter
 from minillm.measure.units import quantity
-from minillm.model.shapes import named_shape
+from minillm.shapes import named_shape
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")

@@ -37,8 +37,8 @@ from minillm.measure.roofline import measure_roofline
 from minillm.measure.stepper import StepRunner, weightless
 from minillm.measure.units import number, quantity
 from minillm.model.linear import Linear
-from minillm.model.loader import RandomWeights, assemble
-from minillm.model.shapes import named_shape
+from minillm.model.loader import assemble
+from minillm.shapes import RandomWeights, named_shape
 
 print(this_machine())
 

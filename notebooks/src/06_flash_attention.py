@@ -30,7 +30,7 @@ from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.hardware import describe_machine
 from minillm.measure.units import quantity
-from minillm.model.shapes import named_shape
+from minillm.shapes import named_shape
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")

@@ -30,8 +30,8 @@ from minillm.measure.datasheets import DATASHEETS
 from minillm.measure.hardware import measure_hardware
 from minillm.measure.roof import Roof, tpot_bound
 from minillm.measure.roofline import measure_roofline
-from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
+from minillm.shapes import named_shape
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")

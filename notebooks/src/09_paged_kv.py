@@ -29,8 +29,8 @@ from minillm.engine.engine import Engine
 from minillm.measure.bench import interleaved, pair_ratio
 from minillm.measure.snapshot import PoolSnapshot
 from minillm.measure.workloads import Workload
-from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
+from minillm.shapes import named_shape
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")

@@ -28,8 +28,8 @@ from minillm.measure.bench_serve import serve
 from minillm.measure.snapshot import PoolSnapshot
 from minillm.measure.units import quantity
 from minillm.measure.workloads import Workload
-from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
+from minillm.shapes import named_shape
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")

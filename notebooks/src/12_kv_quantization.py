@@ -30,8 +30,8 @@ from minillm.measure.kv_quality import (
     trained_samples,
 )
 from minillm.measure.roof import quantized_speedup
-from minillm.model.shapes import named_shape
 from minillm.quantization.formats import FORMATS, Int4, PerToken8, element_bytes
+from minillm.shapes import named_shape
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 tokenizer = load_tokenizer("tiny")

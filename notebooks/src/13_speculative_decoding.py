@@ -38,8 +38,8 @@ from minillm.measure.bench_spec import bench_prompts, bench_spec, crossover_batc
 from minillm.measure.datasheets import DATASHEETS
 from minillm.measure.roof import Roof, expected_tokens, speculative_speedup, step_seconds
 from minillm.measure.stepper import StepRunner
-from minillm.model.shapes import named_shape
 from minillm.sampling import probs_from_logits
+from minillm.shapes import named_shape
 from minillm.speculative import SpecDecodingStats, attach
 from minillm.speculative.tree import verify_tree
 

@@ -35,9 +35,9 @@ from minillm.measure.hardware import measure_hardware
 from minillm.measure.roof import Roof, step_seconds
 from minillm.measure.roofline import measure_roofline
 from minillm.measure.workloads import Workload
-from minillm.model.shapes import named_shape
 from minillm.outputs import RequestMetrics
 from minillm.sampling import SamplingParams
+from minillm.shapes import named_shape
 
 model = load_model("tiny", device="cpu", dtype="float32", progress=False)
 config = model.config

@@ -22,7 +22,7 @@ from minillm.costs.steps import (
 )
 from minillm.model.decoder import Decoder
 from minillm.model.hf import model_config
-from minillm.model.shapes import named_shape
+from minillm.shapes import named_shape
 from tests.families import FAMILIES
 
 LLAMA, QWEN, SMOL = named_shape("llama-3.1-8b"), named_shape("qwen3-0.6b"), named_shape("smollm2-135m")

@@ -34,8 +34,8 @@ from minillm.measure.operators import flops_of
 from minillm.measure.stepper import StepRunner, weightless
 from minillm.model.decoder import Decoder
 from minillm.model.linear import Linear
-from minillm.model.shapes import named_shape
 from minillm.sampling import SamplingParams
+from minillm.shapes import named_shape
 from tests.families import FAMILIES, random_model
 
 STEPS: dict[str, Step] = {

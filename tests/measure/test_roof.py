@@ -10,7 +10,7 @@ from minillm.costs.formulas import least_bytes, step_bytes, step_flops
 from minillm.costs.steps import decode_step, prefill_step, verify_step
 from minillm.measure import roof
 from minillm.measure.roof import Roof
-from minillm.model.shapes import named_shape
+from minillm.shapes import named_shape
 
 LLAMA, QWEN, SMOL = named_shape("llama-3.1-8b"), named_shape("qwen3-0.6b"), named_shape("smollm2-135m")
 GPU = Roof(flops_per_second=790e12, bytes_per_second=4.3e12)

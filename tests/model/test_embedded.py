@@ -23,9 +23,10 @@ from minillm.course.training.bpe import END_OF_TEXT_ID
 from minillm.generate import generate
 from minillm.measure.corpus import held_out_texts
 from minillm.model.decoder import Decoder
-from minillm.model.loader import EMBEDDED, RandomWeights, assemble, load_model
+from minillm.model.loader import EMBEDDED, assemble, load_model
 from minillm.model.tokenizer import Tokenizer, load_tokenizer
 from minillm.sampling import SamplingParams
+from tests.families import Drawn
 
 NAMES = ("tiny", "tiny-draft")
 PROMPTS = {  # and a name in each that a continuation should use again
@@ -64,7 +65,7 @@ def model(name: str) -> Decoder:
 @cache
 def untrained() -> Decoder:
     config, cpu = model("tiny").config, torch.device("cpu")
-    weights = RandomWeights(config, torch.float32, torch.Generator().manual_seed(0))
+    weights = Drawn(config, torch.float32, torch.Generator().manual_seed(0))
     return assemble(config, weights, cpu, torch.float32)
 
 

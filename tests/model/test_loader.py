@@ -21,14 +21,13 @@ from minillm.model.hf import model_config
 from minillm.model.linear import Linear
 from minillm.model.loader import (
     EMBEDDED,
-    RandomWeights,
     assemble,
     checkpoint_folder,
     choose_dtype,
     layout,
     load_model,
 )
-from tests.families import FAMILIES, random_model
+from tests.families import FAMILIES, Drawn, random_model
 
 
 def unpacked(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
@@ -352,13 +351,13 @@ def test_assemble_reads_nothing_twice() -> None:
     config = model_config(FAMILIES["qwen3"])
     reads: list[str] = []
 
-    class Counting(RandomWeights):
+    class Counting(Drawn):
         def open(self) -> Any:
             from contextlib import contextmanager
 
             @contextmanager
             def counted() -> Any:
-                with RandomWeights.open(self) as read:
+                with Drawn.open(self) as read:
                     yield lambda name, shape: (reads.append(name), read(name, shape))[1]
 
             return counted()

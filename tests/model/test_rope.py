@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from minillm.config import ModelConfig, RopeScaling
+from minillm.model.hf import model_config
 from minillm.model.rope import Rotation, inverse_frequencies, rotate, rotation
-from minillm.model.shapes import named_shape
+from tests.families import FAMILIES
 
-CONFIG = replace(named_shape("qwen3-0.6b"), head_dim=64)
+CONFIG = replace(model_config(FAMILIES["qwen3"]), head_dim=64, rope_theta=1e6)
 
 
 def turned(x: torch.Tensor, position: int, config: ModelConfig = CONFIG) -> torch.Tensor:
@@ -64,7 +65,7 @@ def test_a_bfloat16_table_is_caught() -> None:
 
 
 def test_llama3_stretches_long_waves_and_keeps_short_ones() -> None:
-    plain = replace(named_shape("llama-3.1-8b"), rope_scaling=None)
+    plain = replace(CONFIG, head_dim=128, rope_theta=5e5)
     scaling = RopeScaling(8.0, 1.0, 4.0, 8192)
     before = inverse_frequencies(plain)
     after = inverse_frequencies(replace(plain, rope_scaling=scaling))

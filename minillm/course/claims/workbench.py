@@ -28,9 +28,9 @@ from minillm.measure.roof import Roof, ridge_rows
 from minillm.measure.stepper import StepRunner, weightless
 from minillm.model.decoder import Attend, Decoder
 from minillm.model.loader import load_model
-from minillm.model.shapes import named_shape
 from minillm.model.tokenizer import Tokenizer, load_tokenizer
 from minillm.sampling import SamplingParams
+from minillm.shapes import named_shape
 
 TIMED = "random:smollm2-135m"
 REPEATS = 5

@@ -19,8 +19,8 @@ from minillm.engine.trace import StepRecord
 from minillm.errors import ConfigError
 from minillm.measure.roof import Roof
 from minillm.measure.units import quantity
-from minillm.model.shapes import named_shape
 from minillm.outputs import RequestMetrics
+from minillm.shapes import named_shape
 from tests.course.figures.pools import add, busy_engine
 from tests.course.figures.tidy import texts_of, untidy
 

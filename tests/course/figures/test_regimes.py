@@ -13,7 +13,7 @@ from minillm.costs.steps import decode_step
 from minillm.course.figures.regimes import LOOKS, ledger_growth, one_walk, regime_map
 from minillm.course.lessons.regimes import Site
 from minillm.measure.roof import Roof
-from minillm.model.shapes import named_shape
+from minillm.shapes import named_shape
 from tests.course.figures.tidy import texts_of, untidy
 
 LLAMA = named_shape("llama-3.1-8b")

@@ -8,7 +8,7 @@ from minillm.config import ModelConfig
 from minillm.costs.formulas import step_flops
 from minillm.costs.steps import prefill_step
 from minillm.course.lessons.crossovers import kv_crossover, prefill_crossover
-from minillm.model.shapes import named_shape
+from minillm.shapes import named_shape
 
 LLAMA, QWEN, SMOL = named_shape("llama-3.1-8b"), named_shape("qwen3-0.6b"), named_shape("smollm2-135m")
 

@@ -9,7 +9,7 @@ from minillm.costs.steps import decode_step
 from minillm.course.lessons.crossovers import kv_crossover
 from minillm.course.lessons.regimes import TERMS, Site
 from minillm.measure.roof import Roof
-from minillm.model.shapes import named_shape
+from minillm.shapes import named_shape
 
 LLAMA = named_shape("llama-3.1-8b")
 SITE = Site("H200", LLAMA, 2, Roof(9.89e14, 4.8e12), 141e9, overhead=1e-5)

@@ -10,7 +10,7 @@ from minillm.costs import formulas
 from minillm.course.lessons import schedules as steps
 from minillm.course.lessons.schedules import recompute_steps, request_steps
 from minillm.errors import ConfigError
-from minillm.model.shapes import named_shape
+from minillm.shapes import named_shape
 
 LLAMA, SMOL = named_shape("llama-3.1-8b"), named_shape("smollm2-135m")
 

@@ -1,14 +1,17 @@
-"""The named shapes have exactly the published number of parameters."""
+"""The named shapes have exactly the published number of parameters, and serve without a tokenizer."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from minillm.errors import CheckpointError
+from minillm import LLM, SamplingParams
+from minillm.errors import CheckpointError, ConfigError, RequestError
 from minillm.model.decoder import Decoder
-from minillm.model.loader import layout
-from minillm.model.shapes import SHAPES, named_shape
+from minillm.model.loader import layout, load_model
+from minillm.shapes import SHAPES, named_shape
 
 PARAMETERS = {
     "smollm2-135m": 134_515_008,
@@ -64,3 +67,31 @@ def test_kv_bytes_per_token(name: str) -> None:
 def test_unknown_shape_is_refused_with_the_list() -> None:
     with pytest.raises(CheckpointError, match=r"No shape is called 'gpt-5'.*qwen3-0\.6b"):
         named_shape("gpt-5")
+
+
+def test_random_model_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    small = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=64, head_dim=8)
+    monkeypatch.setitem(SHAPES, "small", SHAPES["qwen3-0.6b"] | small)
+    llm = LLM("random:small", device="cpu", num_blocks=10)
+    result = llm.generate([1, 2, 3], greedy, progress=False)[0].outputs[0]
+    assert result.text == "" and len(result.token_ids) == 12
+    wishes = (("text", greedy), ([1, 2], replace(greedy, stop="a")), ([1], replace(greedy, bad_words=["a"])))
+    for prompt, params in wishes:
+        with pytest.raises(RequestError, match=r"no tokenizer\. Give token ids"):
+            llm.generate(prompt, params)
+
+
+def test_without_the_extra_the_loader_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minillm.seams.offer", lambda seam, device="any": None)
+    with pytest.raises(ConfigError, match=r"'random:qwen3-0\.6b' needs the extra minillm\.shapes"):
+        load_model("random:qwen3-0.6b", progress=False)
+
+
+def test_a_seed_draws_the_same_weights_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=64, head_dim=8)
+    monkeypatch.setitem(SHAPES, "small", SHAPES["qwen3-0.6b"] | small)
+    weights = [
+        load_model("random:small", device="cpu", seed=seed, progress=False).embedding.weight for seed in (5, 5, 6)
+    ]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
