@@ -29,18 +29,6 @@ class RequestError(MinillmError, ValueError):
     """One request that cannot be served: its prompt or its sampling parameters are at fault."""
 
 
-class CourseError(MinillmError, ValueError):
-    """An exercise, a submission or a file of the course that is missing, unknown or inconsistent."""
-
-
-class GraderError(MinillmError):
-    """The grader itself cannot work: the isolation that was asked for is not there, or a worker does not start."""
-
-
-class LearnerError(MinillmError):
-    """A learner's function that cannot take the place of the engine's own: missing, failing, or of another opinion."""
-
-
 def shown(value: Any) -> str:
     """A value in a message: short, and never an error of its own (Python does not print integers of 5,000 digits)."""
     try:

@@ -33,7 +33,8 @@ from minillm.cli.speculation import spec
 from minillm.cli.teach import teach
 from minillm.cli.train import train
 from minillm.cli.write import chat, demo, generate
-from minillm.errors import GraderError, MinillmError
+from minillm.course.errors import GraderError
+from minillm.errors import MinillmError
 
 WRONG_INPUT, OUR_FAULT, GRADER_FAULT = 2, 1, 3  # of lab and teach, 1 means: not all checks passed
 READER_GONE = 141  # 128 and the number of SIGPIPE: how a shell says it of any tool

@@ -132,8 +132,8 @@ def solution(
     ] = False,
 ) -> None:
     """Show our solution: after yours passes, or when you give up."""
+    from minillm.course.errors import CourseError
     from minillm.course.lab.progress import Progress
-    from minillm.errors import CourseError
 
     exercise = _exercise(name)
     progress = Progress(_course())
@@ -216,8 +216,8 @@ def _course() -> Course:
 
 def _exercise(name: str | None) -> Exercise:
     """The exercise of this name, or the next one."""
+    from minillm.course.errors import CourseError
     from minillm.course.lab.progress import Progress, next_exercise
-    from minillm.errors import CourseError
 
     course = _course()
     if name is not None:
@@ -231,8 +231,8 @@ def _exercise(name: str | None) -> Exercise:
 def _tested(exercise: Exercise, grader: Grader, *, quiet: bool = False) -> Result:
     """Grade a learner's file, remember how it went, and show it."""
     from minillm.cli.results import result_view
+    from minillm.course.errors import GraderError
     from minillm.course.lab.progress import Progress
-    from minillm.errors import GraderError
 
     with err.bar(words(), BarColumn(), transient=True, disable=quiet) as bar:
         shown = bar.add_task("Starting a worker …", total=len(exercise.checks))

@@ -156,8 +156,8 @@ def export(
     to: Annotated[Path | None, typer.Option(help="A file (gradescope, json: a folder).")] = None,
 ) -> None:
     """Write results for a spreadsheet, a CI or a learning platform."""
+    from minillm.course.errors import CourseError
     from minillm.course.lab import report
-    from minillm.errors import CourseError
 
     done = _done(graded)
     tables = {
@@ -190,8 +190,8 @@ def feedback(
 
 def _done(graded: Path) -> list[Graded]:
     """What was graded in a folder, by entry."""
+    from minillm.course.errors import CourseError
     from minillm.course.lab.bulk import read_results
-    from minillm.errors import CourseError
 
     done = read_results(graded)
     if not done:

@@ -12,8 +12,8 @@ import re
 import stat
 from pathlib import Path
 
+from minillm.course.errors import LearnerError
 from minillm.course.lab.syntax import parse
-from minillm.errors import LearnerError
 
 SOURCE_BYTES = 256 << 10
 _DECLARED = re.compile(r"\A(?:[ \t\f]*(?:#[^\n]*)?\n)??[ \t\f]*#[^\n]*?coding[:=][ \t]*([-\w.]+)", re.ASCII)

@@ -22,12 +22,12 @@ from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
 from minillm.costs.steps import decode_step, prefill_step
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, decode_curve, prefill_curve
+from minillm.course.errors import LearnerError
 from minillm.course.figures.dashboard import load_dashboard
 from minillm.course.figures.gantt import seat_gantt
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.use import plug_in
 from minillm.engine.engine import Engine
-from minillm.errors import LearnerError
 from minillm.generate import generate
 from minillm.measure.bench import quartiles
 from minillm.measure.datasheets import DATASHEETS

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from minillm.course.errors import CourseError, LearnerError
 from minillm.course.lab.exercises import Course, find_course
 from minillm.course.lab.release import pack, release, reset
 from minillm.course.lab.rules import Refusal, read
 from minillm.course.learner import SOURCE_BYTES, FileError, text_of, tree_of
 from minillm.course.use.files import EXERCISES, load_files
-from minillm.errors import CourseError, LearnerError
 from tests.course.lab.conftest import SOLUTION, course  # noqa: F401
 
 NAME = "ex01_doubling.py"

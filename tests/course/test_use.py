@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from minillm.cli import main
+from minillm.course.errors import LearnerError
 from minillm.course.lab.stubs import make_stub
 from minillm.course.use import Used, plug_in
 from minillm.course.use.table import PLUGS
-from minillm.errors import LearnerError
 from minillm.llm import LLM
 from minillm.model.loader import load_model
 from minillm.sampling import SamplingParams

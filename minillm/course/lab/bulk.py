@@ -20,12 +20,12 @@ from queue import SimpleQueue
 from threading import Lock
 from typing import Any
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.exercises import Exercise
 from minillm.course.lab.grade import Grader
 from minillm.course.lab.progress import write_whole
 from minillm.course.lab.results import Result
 from minillm.course.lab.submissions import Submission
-from minillm.errors import CourseError
 
 SCHEMA = 1
 RESULTS = "results.jsonl"

@@ -25,11 +25,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.checks import Check
 from minillm.course.lab.stubs import make_stub
 from minillm.course.lab.worker import module_of
 from minillm.course.learner import FileError, read_file
-from minillm.errors import CourseError
 
 ALLOWED = (
     *("__future__", "abc", "bisect", "collections", "contextlib", "copy", "dataclasses", "enum", "functools"),

@@ -21,8 +21,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from minillm.course.errors import CourseError, GraderError
 from minillm.course.lab import worker
-from minillm.errors import CourseError, GraderError
 
 LEVELS = ("process", "namespace", "container")
 IMAGE = "minillm-grader"

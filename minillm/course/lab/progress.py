@@ -7,9 +7,9 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.exercises import Course, Exercise
 from minillm.course.lab.results import Result
-from minillm.errors import CourseError
 
 SCHEMA = 1
 

@@ -14,11 +14,11 @@ import time
 import zipfile
 from pathlib import Path
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.exercises import ORIGINAL, Course, Exercise
 from minillm.course.lab.stubs import make_stub
 from minillm.course.lab.syntax import parse
 from minillm.course.learner import FileError, read_file, text_of
-from minillm.errors import CourseError
 
 PACKAGES = ("minillm-course", "torch")
 

@@ -19,11 +19,11 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from minillm.course.errors import GraderError
 from minillm.course.lab.conversation import Conversation, Stopped
 from minillm.course.lab.isolation import Launch, check_available, launch
 from minillm.course.lab.processes import tree_usage
 from minillm.course.lab.protocol import Limits, Reply, Script, reply_in, request
-from minillm.errors import GraderError
 
 PATIENCE = Limits(seconds=120.0, memory_bytes=1 << 40, processes=1 << 10)  # for importing PyTorch: our code, not theirs
 

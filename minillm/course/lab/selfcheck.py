@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.diagnosis import OURS_S
 from minillm.course.lab.exercises import Course, Exercise
 from minillm.course.lab.grade import Grader
 from minillm.course.lab.isolation import LEVELS, unavailable
 from minillm.course.lab.release import sync
 from minillm.course.lab.syntax import parse
-from minillm.errors import CourseError
 
 MUTANTS, HINTS, TASKS, DIAGNOSED = 4, 3, range(2, 6), 0.8
 DRAWS = 8  # seeds that a solution is graded with

@@ -13,8 +13,8 @@ import ast
 import io
 import tokenize
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.syntax import parse
-from minillm.errors import CourseError
 
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 

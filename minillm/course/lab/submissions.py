@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.exercises import Course
 from minillm.course.learner import SOURCE_BYTES
-from minillm.errors import CourseError
 
 MEMBERS, ARCHIVE_BYTES = 2000, 32 << 20
 Candidate = tuple[str, Callable[[], bytes]]  # a path inside a submission, and how to read it

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minillm.course.errors import LearnerError
 from minillm.course.use.files import LearnerFile, load_files
 from minillm.course.use.table import PLUGS, Plug
-from minillm.errors import LearnerError
 
 if TYPE_CHECKING:
     from minillm.llm import LLM

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minillm.errors import LearnerError
+from minillm.course.errors import LearnerError
 
 MESSAGE = 300  # characters of a learner's error that are shown
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from minillm.course.errors import LearnerError
 from minillm.course.learner import read_file, text_of, tree_of
-from minillm.errors import LearnerError
 
 NAME = re.compile(r"(ex\d\d)(_\w+)?\.py")
 EXERCISES = (

@@ -11,8 +11,9 @@ import torch
 
 from minillm.attention import AttentionMetadata
 from minillm.cache.blocks import BlockPool, FreeQueue, Prefix
+from minillm.course.errors import LearnerError
 from minillm.course.use.beside import Beside, known
-from minillm.errors import LearnerError, shown
+from minillm.errors import shown
 from minillm.model.decoder import Attend
 
 if TYPE_CHECKING:

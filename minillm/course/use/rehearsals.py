@@ -14,8 +14,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from minillm.course.errors import LearnerError
 from minillm.course.use.beside import Beside, known, tolerance_of
-from minillm.errors import LearnerError
 from minillm.generate import decode, extend, generate, new_cache, prefill
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams

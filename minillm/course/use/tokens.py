@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from minillm.course.errors import LearnerError
 from minillm.course.use.beside import Beside, known
 from minillm.engine.request import Request
 from minillm.engine.verify import Draft, given_draft, num_accepted
-from minillm.errors import LearnerError, shown
+from minillm.errors import shown
 from minillm.sampling import SamplingParams, pick, probs_from_logits
 from minillm.speculative.ngram import NgramProposer
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.checks import Case, describe, judge
 from minillm.course.lab.compare import difference
 from minillm.course.lab.exercises import Course, find_course
 from minillm.course.lab.grade import Grader
 from minillm.course.lab.protocol import Foreign, Reply
 from minillm.course.lab.selfcheck import DRAWS, check_course, check_exercise
-from minillm.errors import CourseError
 from tests.course.lab.conftest import SOLUTION
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from minillm.course.errors import CourseError, GraderError
 from minillm.course.lab import isolation
 from minillm.course.lab.checks import Case
 from minillm.course.lab.compare import same
 from minillm.course.lab.protocol import Foreign, Limits, Reply
 from minillm.course.lab.sandbox import Sandbox
 from minillm.course.lab.worker import LENGTHS, pack, unframe, unpack
-from minillm.errors import CourseError, GraderError
 
 REPOSITORY = Path(isolation.__file__).parents[3]
 

@@ -6,10 +6,10 @@ import ast
 
 import pytest
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.exercises import find_course
 from minillm.course.lab.release import sync, without_hidden
 from minillm.course.lab.stubs import make_stub
-from minillm.errors import CourseError
 
 SOLUTIONS = sorted((find_course().root / "solutions").glob("ex*.py"))
 

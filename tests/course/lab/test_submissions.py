@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from minillm.course.errors import CourseError
 from minillm.course.lab.exercises import Course
 from minillm.course.lab.submissions import MEMBERS, Submission, collect
 from minillm.course.learner import SOURCE_BYTES
-from minillm.errors import CourseError
 from tests.course.lab.classroom import zipped
 
 NAME, SOURCE = "ex01_doubling.py", b"x = 1\n"
