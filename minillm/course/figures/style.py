@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ContextDecorator
+from functools import lru_cache
 from itertools import pairwise
 from threading import Lock
 from typing import Any
@@ -22,6 +23,7 @@ from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -194,8 +196,13 @@ def points_per_unit(axes: Axes) -> float:
 
 def text_width(text: str, size: float = SMALL) -> float:
     """How wide a text gets, in points; the largest line counts."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return max((float(TextPath((0, 0), line, size=size).get_extents().width) for line in lines), default=0.0)
+    font = FontProperties()
+    return max((_line_width(line, size, font) for line in text.splitlines() if line.strip()), default=0.0)
+
+
+@lru_cache(maxsize=4096)  # the extents of curves are slow to find, and figures ask for the same words again and again
+def _line_width(line: str, size: float, font: FontProperties) -> float:
+    return float(TextPath((0, 0), line, size=size, prop=font).get_extents().width)
 
 
 def token_label(text: str) -> str:

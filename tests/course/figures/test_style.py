@@ -8,6 +8,7 @@ import threading
 import pytest
 from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
+from matplotlib.textpath import TextPath
 
 from minillm.course.figures import style
 from tests.course.figures.tidy import untidy
@@ -104,3 +105,14 @@ def test_what_somebody_else_sets_meanwhile_stays() -> None:
         with style.SHEET:
             rcParams["text.color"] = "red"
         assert rcParams["text.color"] == "red" and rcParams["axes.edgecolor"] != style.INK
+
+
+def test_a_text_is_as_wide_as_its_font_makes_it() -> None:
+    """Widths are remembered: by text, size and font, and the font is the one in force."""
+    for family in ("DejaVu Sans", "DejaVu Sans Mono", "DejaVu Sans"):
+        with rc_context({"font.family": family}):
+            for size in (8, 11.5):
+                for text in ("illi", "WWWW", "ab\nabcdef\n"):
+                    widest = max(TextPath((0, 0), line, size=size).get_extents().width for line in text.splitlines())
+                    assert style.text_width(text, size) == pytest.approx(widest)
+    assert style.text_width(" \n") == 0

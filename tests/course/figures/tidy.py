@@ -38,7 +38,8 @@ def untidy(figure: Figure) -> list[str]:
     for text, box in placed:
         if box.x0 < page.x0 or box.y0 < page.y0 or box.x1 > page.x1 or box.y1 > page.y1:
             faults.append(f"{text.get_text()!r} is cut off")
-    for (one, first), (other, second) in combinations(placed, 2):
-        if first.padded(-0.5).overlaps(second.padded(-0.5)):
+    inner = [(text, box.padded(-0.5)) for text, box in placed]
+    for (one, first), (other, second) in combinations(inner, 2):
+        if first.overlaps(second):
             faults.append(f"{one.get_text()!r} runs into {other.get_text()!r}")
     return faults
