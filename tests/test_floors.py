@@ -140,9 +140,9 @@ def test_a_computed_import_is_seen(tmp_path: Path, call: str) -> None:
         ("costs/steps.py", "from minillm.costs.formulas import step_flops", "costs.formulas ↔ minillm.costs.steps"),
         ("errors.py", "if TYPE_CHECKING:\n    from minillm.config import ModelConfig", "config ↔ minillm.errors"),
         (
-            "cache/blocks.py",
-            "def f():\n    from minillm.cache.paged import PagedCache",
-            "cache.blocks ↔ minillm.cache.paged",
+            "engine/request.py",
+            "def f():\n    from minillm.engine.verify import Draft",
+            "engine.request ↔ minillm.engine.verify",
         ),
     ],
 )

@@ -21,8 +21,8 @@ from minillm.config import EngineConfig
 from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
 from minillm.costs.steps import decode_step, prefill_step
 from minillm.course.claims import CLAIMS, Workbench
-from minillm.course.figures.curves import curves, decode_curve, prefill_curve
 from minillm.course.errors import LearnerError
+from minillm.course.figures.curves import curves, decode_curve, prefill_curve
 from minillm.course.figures.dashboard import load_dashboard
 from minillm.course.figures.gantt import seat_gantt
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
