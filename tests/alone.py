@@ -36,6 +36,12 @@ WITH_EXTRAS = {  # the extra is what they compare with, or what makes their inpu
     "attention/test_benchmark.py": "runs the benchmark of attention, which describes the machine by minillm.measure",
     "model/test_tokenizer.py": "trains a tokenizer with minillm.course.training",
     "costs/test_formulas.py": "takes the published shapes of minillm.shapes",
+    "model/test_loader.py": "saves checkpoints with minillm.course.training",
+    "model/test_folders.py": "damages a checkpoint that minillm.course.training saved",
+    "attention/test_backends.py": "holds each backend of minillm.kernels against the definition",
+    "engine/test_interrupts.py": "interrupts a step that guesses with minillm.speculative",
+    "test_llm.py": "saves a checkpoint with minillm.course.training",
+    "test_text.py": "takes the tokenizer of test_llm.py",
     "model/test_embedded.py": "reads held-out text with minillm.measure and the batches of the training",
 }
 SLOW = {  # they pass as well: `python -m tests.alone tests --slow`
@@ -43,7 +49,6 @@ SLOW = {  # they pass as well: `python -m tests.alone tests --slow`
     "engine/test_mutants.py": "each wrong engine serves a workload",
     "engine/test_verify.py": "exact enumeration",
     "model/test_parity.py": "imports transformers and builds a model of each family",
-    "model/test_loader.py": "writes hundreds of damaged folders",
     "cache/test_blocks.py": "ten thousand random operations for each mutant",
 }
 

@@ -39,14 +39,14 @@ from minillm.generate import choose, prefill
 from minillm.llm import LLM
 from minillm.model.decoder import Decoder
 from minillm.model.hf import model_config
-from minillm.model.loader import RandomWeights, assemble
+from minillm.model.loader import assemble
 from minillm.model.tokenizer import Tokenizer
 from minillm.outputs import CompletionOutput, Logprob, RequestOutput
 from minillm.prompts import read_prompts
 from minillm.sampling import SamplingParams
 from minillm.speculative import NgramProposer
 from minillm.text import OutputProcessor, TextStream
-from tests.families import FAMILIES
+from tests.families import FAMILIES, Drawn
 
 # The vocabulary: letters, a token of two letters, a character of two bytes and one of four, a special token, and one
 # that only the model knows.
@@ -67,7 +67,7 @@ def model() -> Decoder:
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
     shape |= dict(vocab_size=VOCAB, num_key_value_heads=1, eos_token_id=EOS, max_position_embeddings=POSITIONS)
     config = model_config(FAMILIES["smollm2"] | shape | {"initializer_range": 0.5})
-    weights = RandomWeights(config, torch.float32, torch.Generator().manual_seed(0))
+    weights = Drawn(config, torch.float32, torch.Generator().manual_seed(0))
     return assemble(config, weights, torch.device("cpu"), torch.float32, kernels="reference")
 
 
