@@ -463,7 +463,8 @@ for guesser in (chain, fork):
     for start in held_out[:2]:
         text, (_, cache) = list(start[:64]), prefill(model, start[:63])
         while len(text) < 64 + 32:
-            text += verify_tree(model, text, guesser(text[-48:]), cache, GREEDY)
+            guesses = guesser(text[-48:])
+            text += verify_tree(model, text, guesses, cache, GREEDY, num_prompt=64)
             checks += 1
         brought += len(text) - 64
         same &= text[64:96] == list(generate(model, start[:64], GREEDY))[:32]
