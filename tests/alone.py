@@ -30,7 +30,7 @@ NEEDS = {
 
 # The core's own tests are what lies in the folders of its rooms. Left out here, with the reason:
 FOLDERS = ("engine", "cache", "attention", "model", "costs")
-FILES = ("test_llm", "test_generate", "test_sampling", "test_prompts", "test_text", "test_outputs", "test_config")
+FILES = ("test_generate", "test_sampling", "test_prompts", "test_outputs", "test_config")
 WITH_EXTRAS = {  # the extra is what they compare with, or what makes their input
     "attention/test_paged.py": "holds the definition against the CPU's kernels",
     "attention/test_benchmark.py": "runs the benchmark of attention, which describes the machine by minillm.measure",
@@ -40,8 +40,6 @@ WITH_EXTRAS = {  # the extra is what they compare with, or what makes their inpu
     "model/test_folders.py": "damages a checkpoint that minillm.course.training saved",
     "attention/test_backends.py": "holds each backend of minillm.kernels against the definition",
     "engine/test_interrupts.py": "interrupts a step that guesses with minillm.speculative",
-    "test_llm.py": "saves a checkpoint with minillm.course.training",
-    "test_text.py": "takes the tokenizer of test_llm.py",
     "model/test_embedded.py": "reads held-out text with minillm.measure and the batches of the training",
 }
 SLOW = {  # they pass as well: `python -m tests.alone tests --slow`
