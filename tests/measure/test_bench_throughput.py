@@ -116,7 +116,7 @@ def test_a_missing_token_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MinillmError, match="generate returned"):
         module.TransformersGenerate(early, 4).run([SampleRequest([1, 2], 3)])
     monkeypatch.setattr(module, "_collect", lambda manager, number: {})
-    with pytest.raises(MinillmError, match="continuous returned 0 tokens of 3"):
+    with pytest.raises(MinillmError, match="continuous returned 0 of 3 tokens"):
         servers[CONTINUOUS].run([SampleRequest([1, 2], 3)])
     engine = Engine(model, EngineConfig(num_blocks=4))
     with pytest.raises(RequestError, match="200 tokens"):
