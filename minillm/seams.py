@@ -13,7 +13,11 @@ from types import ModuleType
 ANY = "any"  # device: the offer is for all of them
 OFFERS = {
     "linear": {"cpu": "minillm.kernels.cpu.linear"},
-    "attention": {"cpu": "minillm.kernels.cpu.attention", "cuda": "minillm.kernels.sdpa"},
+    "attention": {
+        "cpu": "minillm.kernels.cpu.attention",
+        "cuda": "minillm.kernels.sdpa",
+        "meta": "minillm.kernels.sdpa",  # where shapes are counted and nothing is computed
+    },
     "paged_attention": {"cpu": "minillm.kernels.cpu.paged", "cuda": "minillm.kernels.gpu.paged"},
     "graphs": {"cuda": "minillm.kernels.gpu.graphs"},
     "random_weights": {ANY: "minillm.shapes"},

@@ -147,9 +147,8 @@ layers, kv_heads, places, head_dim = cache.keys.shape
 width = cache.keys.element_size()
 print(f"keys {[*cache.keys.shape]}: layers, KV heads, places, numbers. Values the same.")
 print(f"{config.num_heads} query heads share {kv_heads} KV heads; queries are not kept")
-print(
-    f"2 · {layers} · {kv_heads} · {head_dim} · {width} = {(cache.keys.nbytes + cache.values.nbytes) // cache.capacity:,} bytes a token"
-)
+stored = (cache.keys.nbytes + cache.values.nbytes) // cache.capacity
+print(f"2 · {layers} · {kv_heads} · {head_dim} · {width} = {stored:,} bytes a token")
 print(f"the package's formula says {kv_bytes_per_token(config, width):,}")
 
 # %% [markdown]

@@ -172,7 +172,7 @@ show(
         ["the prompt was read once, for three", "each has written a token of its own"],
         tokenizer.decode,
     ),
-    alt="Two trees. First both blocks of the prompt are held by three completions. One step later "
+    alt="Two trees. First both blocks of the prompt are held by three completions. A step later "
     "the first is still held by three, and the second has become three blocks: two are copies.",
 )
 
