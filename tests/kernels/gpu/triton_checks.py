@@ -17,16 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minillm.attention import (
-    AttentionMetadata,
-    get_backend,
-)
+from minillm.attention import AttentionMetadata
 from minillm.attention import metadata as layout
 from minillm.kernels.gpu import decode as triton_decode
 from minillm.kernels.gpu import paged as triton_paged
 from minillm.kernels.gpu import prefill as triton_prefill
 from minillm.kernels.gpu import tiles as triton_tiles
-from minillm.kernels.gpu.paged import triton_attention_lse, triton_write_kv
+from minillm.kernels.gpu.paged import BACKEND, prepare, triton_write_kv
 from minillm.kernels.gpu.tiles import INTERPRETED, Share
 from tests.attention.cases import BATCHES, CASES, Case, Packed, mutant, pack, rejected
 from tests.attention.test_paged import check_writing
@@ -35,16 +32,24 @@ Kernel = Callable[..., None]
 SMALL = ["one decode", "prefill, chunk, decode, verify"]
 
 
+def triton_attention_lse(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, metadata: AttentionMetadata, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Prepared for these heads, as the cache does it once per step."""
+    prepared = prepare(metadata, q.shape[1] // len(k_pool))
+    return triton_paged.triton_attention_lse(q, k_pool, v_pool, prepared, **options)
+
+
 def attend(batch: Packed, *kernels: Kernel, **options: Any) -> tuple[Tensor, Tensor]:
     """All sequences through the first of the kernels that takes them: decode at most 64 rows, prefill any number."""
     case = batch.cases[0]
     out = torch.full_like(batch.q, float("nan"))
     lse = torch.full(batch.q.shape[:2], float("nan"))
-    busy = [i for i, q_len in enumerate(batch.layout.q_lens) if q_len]
-    share = Share.of(batch.layout, busy)
+    busy = [i for i, q_len in enumerate(batch.metadata.q_lens) if q_len]
+    share = Share.of(batch.metadata, busy)
     for kernel in kernels:
         kernel(
-            batch.q, (batch.k_pool,), (batch.v_pool,), batch.layout, share, out, lse,
+            batch.q, (batch.k_pool,), (batch.v_pool,), batch.metadata, share, out, lse,
             scale=case.scale, sliding_window=case.window, **options,
         )  # fmt: skip
     return out, lse
@@ -109,7 +114,7 @@ def test_each_sequence_as_if_alone(cases: list[Case], order: str) -> None:
     case = cases[0]
     batch.check(
         *triton_attention_lse(
-            batch.q, batch.k_pool, batch.v_pool, batch.layout, scale=case.scale, sliding_window=case.window
+            batch.q, batch.k_pool, batch.v_pool, batch.metadata, scale=case.scale, sliding_window=case.window
         )
     )
 
@@ -119,7 +124,8 @@ def test_bfloat16_by_upcasting(name: str) -> None:
     batch = pack(BATCHES[name], torch.bfloat16)
     case = batch.cases[0]
     wide = [x.float() for x in (batch.q, batch.k_pool, batch.v_pool)]
-    out = get_backend("triton", "cpu")(*wide, batch.layout, scale=case.scale, sliding_window=case.window)
+    prepared = BACKEND.prepare(batch.metadata, wide[1], wide[0].shape[1] // len(wide[1]))
+    out = BACKEND.attend(*wide, prepared, scale=case.scale, sliding_window=case.window)
     batch.check(out.bfloat16())
 
 
@@ -140,7 +146,7 @@ def test_any_batch(
     batch = pack(cases, block_size=block_size, seed=seed)
     batch.check(
         *triton_attention_lse(
-            batch.q, batch.k_pool, batch.v_pool, batch.layout, scale=cases[0].scale, sliding_window=window
+            batch.q, batch.k_pool, batch.v_pool, batch.metadata, scale=cases[0].scale, sliding_window=window
         )
     )
 
@@ -151,7 +157,7 @@ def test_strides_of_a_fused_projection() -> None:
     batch.check(*attend(replace(batch, q=fused), triton_prefill.triton_prefill))
     scattered = torch.stack([batch.q, batch.q], dim=-1)[..., 0]
     batch.check(
-        triton_attention_lse(scattered, batch.k_pool, batch.v_pool, batch.layout, scale=batch.cases[0].scale)[0]
+        triton_attention_lse(scattered, batch.k_pool, batch.v_pool, batch.metadata, scale=batch.cases[0].scale)[0]
     )
 
 
@@ -160,8 +166,8 @@ def test_lengths_come_from_the_device() -> None:
     cases = [Case(1, n, heads=4, kv_heads=2) for n in (3, 40, 17)]
     batch = pack(cases)
     bound = AttentionMetadata.build([[0] * 40] * 3, [1, 1, 1], [160] * 3, block_size=4)
-    bound.block_tables[:, : batch.layout.block_tables.shape[1]] = batch.layout.block_tables
-    bound.seq_lens.copy_(batch.layout.seq_lens)
+    bound.block_tables[:, : batch.metadata.block_tables.shape[1]] = batch.metadata.block_tables
+    bound.seq_lens.copy_(batch.metadata.seq_lens)
     batch.check(triton_attention_lse(batch.q, batch.k_pool, batch.v_pool, bound, scale=cases[0].scale)[0])
 
 
@@ -271,5 +277,5 @@ def test_32_bit_slots_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_slot_minus_one_is_rejected(tmp_path: Path) -> None:
     """A padding token at slot -1 overwrites the last slot of the head before."""
-    wrong = mutant(layout, "if position >= 0 else 0", "if position >= 0 else -1", tmp_path)
+    wrong = mutant(layout, "np.where(position < 0, 0, block)", "np.where(position < 0, -1, block)", tmp_path)
     assert rejected(lambda: check_writing(triton_write_kv, wrong.AttentionMetadata.build, SMALL))
