@@ -31,13 +31,13 @@ from minillm.kernels.cpu.linear import pack
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter
 from minillm.measure.datasheets import DATASHEETS
-from minillm.measure.hardware import measure_hardware
+from minillm.measure.hardware import dtype_name, measure_hardware
 from minillm.measure.roof import Roof, linear_intensity, tpot_bound
 from minillm.measure.roofline import measure_roofline
 from minillm.measure.stepper import StepRunner, weightless
 from minillm.measure.units import number, quantity
 from minillm.model.linear import Linear
-from minillm.model.loader import assemble
+from minillm.model.loader import assemble, choose_dtype
 from minillm.shapes import RandomWeights, named_shape
 
 print(this_machine())
@@ -82,30 +82,30 @@ In a language model the vectors are tokens. **Tokens of a prompt and tokens of a
 
 ## One layer by the clock
 
-A real weight matrix of 4096 × 4096, in bfloat16, times 1 to 512 rows. The line is the slower of two times that this machine was
-measured to need: reading the matrix, and computing.
+A real weight matrix of 4096 × 4096, times 1 to 512 rows, in the type that this machine computes in: bfloat16 where its processor has
+units for it, else float32. The line is the slower of two times that the machine was measured to need: reading the matrix, and
+computing.
 """
 
 # %%
 hardware = measure_hardware("cpu")
-roof = hardware.roof("bfloat16")
+dtype = choose_dtype("auto", torch.device("cpu"))
+roof = hardware.roof(dtype_name(dtype))
 print(this_machine())
 print("reads", quantity(roof.bytes_per_second, "B/s"), "from memory")
-print("computes", quantity(roof.flops_per_second, "FLOP/s"), "in bfloat16")
+print("computes", quantity(roof.flops_per_second, "FLOP/s"), "in", dtype_name(dtype))
 print("ridge:", number(roof.ridge), "FLOP per byte")
 
 # %%
 SIDE, ROWS = 4096, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 layer = Linear(SIDE, SIDE)
-layer.weight = torch.nn.Parameter(
-    torch.randn(SIDE, SIDE).to(torch.bfloat16), requires_grad=False
-)
+layer.weight = torch.nn.Parameter(torch.randn(SIDE, SIDE).to(dtype), requires_grad=False)
 pack(layer)
-inputs = {rows: torch.randn(rows, SIDE).to(torch.bfloat16) for rows in ROWS}
+inputs = {rows: torch.randn(rows, SIDE).to(dtype) for rows in ROWS}
 with torch.inference_mode():
     times = interleaved({str(n): lambda x=x: layer(x) for n, x in inputs.items()}, repeats=7)
 measured = [times[str(rows)].best for rows in ROWS]
-least = [roof.seconds(2 * rows * SIDE * SIDE, 2 * SIDE * SIDE) for rows in ROWS]
+least = [roof.seconds(2 * rows * SIDE**2, dtype.itemsize * SIDE**2) for rows in ROWS]
 ratio = measured[4] / measured[0]
 
 # %%
@@ -114,7 +114,7 @@ show(
         f"One weight matrix: {ROWS[4]} rows take {ratio:.1f} times as long as one",
         [decode_curve("a linear layer", ROWS, measured, least)],
         x="rows: tokens of a prompt, or of a batch",
-        y="4096 × 4096 in bfloat16, best of seven",
+        y=f"4096 × 4096 in {dtype_name(dtype)}, best of seven",
         unit="s",
         x_scale="log",
     ),
@@ -142,7 +142,7 @@ whole matrix reads it faster than memory can.) Points above it are what the laye
 
 # %%
 for rows in (1, 16, 512):
-    print(f"{rows:3} rows: {number(linear_intensity(rows, SIDE, SIDE, 2))} FLOP per byte")
+    print(f"{rows:3} rows: {number(linear_intensity(rows, SIDE, SIDE, 2))} FLOP per byte in bfloat16")
 
 # %% [markdown]
 """
@@ -212,9 +212,9 @@ Prefills of several lengths, decode steps of several batches, and the two ceilin
 
 # %%
 config = replace(named_shape("llama-3.2-1b"), num_layers=4, vocab_size=16384)
-weights = RandomWeights(config, torch.bfloat16, torch.Generator().manual_seed(0))
-model = assemble(config, weights, torch.device("cpu"), torch.bfloat16)
-print(f"weights: {quantity(weight_bytes(config, 2, 0), 'B')}")
+weights = RandomWeights(config, dtype, torch.Generator().manual_seed(0))
+model = assemble(config, weights, torch.device("cpu"), dtype)
+print(f"weights: {quantity(weight_bytes(config, dtype.itemsize, 0), 'B')} in {dtype_name(dtype)}")
 result = measure_roofline(
     model,
     hardware,
@@ -242,7 +242,7 @@ show(
 
 # %% [markdown]
 """
-Read it from left to right. A lone decode stands at about one FLOP per byte, far left of the ridge: the slope above it is as high as
+Read it from left to right. A lone decode stands at about one FLOP per byte (half of one in float32), far left of the ridge: the slope above it is as high as
 *any* program can get there. A batch moves right, because the same weights serve more rows. So does a prompt. **Batch and
 prompt length are one axis**: a decode of 32 sequences and a prefill of 32 tokens stand close together.
 
@@ -272,12 +272,12 @@ data sheet, nothing measured.
 h200 = next(sheet for sheet in DATASHEETS if sheet.name == "H200 SXM")
 paper = Roof(h200.bfloat16_rate, h200.read_bandwidth)
 memory = hardware.machine.memory_bytes
-here = Site("here: four layers of Llama 1B", config, 2, result.roof, memory)
+here = Site("here: four layers of Llama 1B", config, dtype.itemsize, result.roof, memory)
 there = Site("H200 on paper: Llama 3.1 8B", llama, 2, paper, h200.memory_bytes)
-small = Site("here: tiny", tiny.config, 2, result.roof, memory)
+small = Site("here: tiny", tiny.config, dtype.itemsize, result.roof, memory)
 
 tiny_step = StepRunner(
-    load_model("tiny", device="cpu", dtype="bfloat16", progress=False), decode_step(128)
+    load_model("tiny", device="cpu", dtype=dtype, progress=False), decode_step(128)
 )
 seconds = interleaved({"step": tiny_step}, repeats=20)["step"].best
 terms = small.terms(1, 128)
