@@ -6,19 +6,29 @@ projections (Qwen2), a norm on queries and keys (Qwen3), a sliding window (Mistr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from minillm.errors import CheckpointError, ConfigError, RequestError, shown
+from minillm.errors import CheckpointError, ConfigError, MinillmError, RequestError, require, shown
 
 KERNELS = ("auto", "reference")
 POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
+INT64 = 2**63 - 1  # the largest one
 
 
-def _int(default: int | None, least: int | None) -> Any:
-    """A setting that is an integer of at least `least`; None is allowed where it is the default."""
-    return field(default=default, metadata={"least": least})
+def number(kind: type, default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A field that holds a bool, an int or a float between two bounds. Where the default is None, None is allowed."""
+    return field(default=default, metadata={"number": (kind, low, high)})
+
+
+def check_number(name: str, value: Any, kind: type, low: float, high: float, error: type[MinillmError]) -> None:
+    """Raise `error` for what is no `kind` (bool, int, float) between the bounds. Only an int may stand for a float."""
+    right = isinstance(value, (int, kind)) and isinstance(value, bool) == (kind is bool) and bool(low <= value <= high)
+    span = f" from {low:.6g} to {high:.6g}" if high < math.inf else ""
+    allowed = {bool: "True or False", int: f"an integer{span}", float: f"a number{span}"}[kind]
+    require(right, name, value, allowed, error)
 
 
 def _one_of(*choices: str) -> Any:
@@ -112,42 +122,36 @@ class EngineConfig:
 
     kernels: str = _one_of(*KERNELS)
     kv_format: str = "auto"
-    block_size: int = _int(16, 1)
-    num_blocks: int | None = _int(None, 2)
-    cache_bytes: int | None = _int(None, 1)
-    max_num_seqs: int = _int(64, 1)
-    max_num_batched_tokens: int = _int(512, 1)
+    block_size: int = number(int, 16, 1, INT64)
+    num_blocks: int | None = number(int, None, 2, INT64)
+    cache_bytes: int | None = number(int, None, 1, INT64)
+    max_num_seqs: int = number(int, 64, 1, INT64)
+    max_num_batched_tokens: int = number(int, 512, 1, INT64)
     policy: str = _one_of(*POLICIES)
     enable_prefix_caching: bool = True
     cuda_graphs: bool = True
-    num_speculative_tokens: int = _int(4, 0)
+    num_speculative_tokens: int = number(int, 4, 0, INT64)
     adaptive_drafts: bool = True
-    seed: int = _int(0, None)
-    trace_bytes: int = _int(2**22, 0)
+    seed: int = number(int, 0)
+    trace_bytes: int = number(int, 2**22, 0, INT64)
     debug: bool = False
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            _check_setting(one.name, getattr(self, one.name), one.default, one.metadata)
+            value, kind = getattr(self, one.name), type(one.default)
+            if value is one.default:
+                continue
+            if "number" in one.metadata:
+                check_number(one.name, value, *one.metadata["number"], ConfigError)
+            elif choices := one.metadata.get("choices"):
+                require(value in choices, one.name, value, f"one of {', '.join(map(repr, choices))}", ConfigError)
+            else:
+                require(type(value) is kind, one.name, value, f"a {kind.__name__}", ConfigError)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> EngineConfig:
         """The configuration with these fields. Raises ConfigError for a name that is none of them."""
         known = [one.name for one in fields(cls)]
         if strange := [name for name in settings if name not in known]:
-            raise ConfigError(f"There is no setting {strange[0]!r}. The settings are {', '.join(known)}.")
+            raise ConfigError(f"There is no setting {shown(strange[0])}. The settings are {', '.join(known)}.")
         return cls(**settings)
-
-
-def _check_setting(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a value of another type than the default's, or one that its rule does not allow."""
-    if "least" in rule:
-        least = rule["least"]
-        right = type(value) is int and (least is None or least <= value < 2**63)
-        right, allowed = right or (value is None is default), f"an integer of at least {least}"
-    elif "choices" in rule:
-        right, allowed = value in rule["choices"], f"one of {', '.join(map(repr, rule['choices']))}"
-    else:
-        right, allowed = type(value) is type(default), f"a {type(default).__name__}"
-    if not right:
-        raise ConfigError(f"{name}={shown(value)} is not possible: it must be {allowed}.")

@@ -68,7 +68,7 @@ def _token_ids(given: Any, which: str) -> tuple[int, ...]:
     ids = given.tolist() if hasattr(given, "tolist") and not isinstance(given, memoryview) else given
     if not isinstance(ids, (list, tuple)):
         raise RequestError(f"{which} is {shown(given)}, which is no prompt. {PROMPT}")
-    ids = tuple(ids if all(type(token) is int for token in ids) else map(plain, ids))
-    if strange := [token for token in ids if not isinstance(token, int) or isinstance(token, bool)]:
+    ids = tuple(map(plain, ids))
+    if strange := [token for token in ids if type(token) is not int]:
         raise RequestError(f"{which}: {shown(strange[0])} is no token id. {PROMPT}")
     return ids

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from minillm.errors import ConfigError
+
 ANY = "any"  # device: the offer is for all of them
 OFFERS = {
     "linear": {"cpu": "minillm.kernels.cpu.linear"},
@@ -40,3 +42,11 @@ def offer(seam: str, device: str = ANY) -> ModuleType | None:
         if missing.startswith("minillm.") and not f"{name}.".startswith(f"{missing}."):
             raise  # a fault inside the extra, not its absence
         return None
+
+
+def need(seam: str, wish: str) -> ModuleType:
+    """The module that offers `seam` on every device. Raises ConfigError, which names the wish, if it is not there."""
+    module = offer(seam)
+    if module is None:
+        raise ConfigError(f"{wish} needs the extra {OFFERS[seam][ANY]}. Install it, or do without.")
+    return module
