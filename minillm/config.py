@@ -15,20 +15,22 @@ from minillm.errors import CheckpointError, ConfigError, MinillmError, RequestEr
 
 KERNELS = ("auto", "reference")
 POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
-INT64 = 2**63 - 1  # the largest one
+INT64 = 2**63 - 1  # the largest integer that a tensor holds
+Range = tuple[Any, float, float]  # numbers of a kind (bool, int, float), from the smallest to the largest
 
 
 def number(kind: type, default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
-    """A field that holds a bool, an int or a float between two bounds. Where the default is None, None is allowed."""
-    return field(default=default, metadata={"number": (kind, low, high)})
+    """A field that holds a number of this range. Where the default is None, None is allowed."""
+    return field(default=default, metadata={"range": (kind, low, high)})
 
 
-def check_number(name: str, value: Any, kind: type, low: float, high: float, error: type[MinillmError]) -> None:
-    """Raise `error` for what is no `kind` (bool, int, float) between the bounds. Only an int may stand for a float."""
+def check_number(name: str, value: Any, allowed: Range, error: type[MinillmError]) -> None:
+    """Raise `error` for what is no number of this range. An int may stand for a float, nothing else for another."""
+    kind, low, high = allowed
     right = isinstance(value, (int, kind)) and isinstance(value, bool) == (kind is bool) and bool(low <= value <= high)
     span = f" from {low:.6g} to {high:.6g}" if high < math.inf else ""
-    allowed = {bool: "True or False", int: f"an integer{span}", float: f"a number{span}"}[kind]
-    require(right, name, value, allowed, error)
+    what = {bool: "True or False", int: f"an integer{span}", float: f"a number{span}"}[kind]
+    require(right, name, value, what, error)
 
 
 def _one_of(*choices: str) -> Any:
@@ -70,11 +72,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise CheckpointError(
-                f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}: "
-                "every key head must serve the same number of query heads. Check config.json."
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:  # every key head must serve the same number of query heads
+            why = f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+            raise CheckpointError(f"{why}. Check config.json.")
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim={self.head_dim} is odd: rotary embeddings turn pairs. Check config.json.")
 
@@ -88,17 +89,12 @@ def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
     """Raise RequestError for a prompt that the model cannot read: empty, too long, or of another vocabulary."""
     if len(token_ids) == 0:
         raise RequestError("The prompt is empty. Give at least one token.")
-    if len(token_ids) > config.max_position_embeddings:
-        raise RequestError(
-            f"The prompt has {len(token_ids)} tokens, the model has {config.max_position_embeddings} positions. "
-            "Shorten the prompt."
-        )
-    strange = [token for token in token_ids if type(token) is not int or not 0 <= token < config.vocab_size]
-    if strange:
-        raise RequestError(
-            f"Token id {shown(strange[0])} is outside the vocabulary of {config.vocab_size}, or no integer. Did "
-            "another model's tokenizer encode the prompt?"
-        )
+    length, most = len(token_ids), config.max_position_embeddings
+    if length > most:
+        raise RequestError(f"The prompt has {length} tokens, the model has {most} positions. Shorten the prompt.")
+    if strange := [token for token in token_ids if type(token) is not int or not 0 <= token < config.vocab_size]:
+        why = f"Token id {shown(strange[0])} is outside the vocabulary of {config.vocab_size}, or no integer"
+        raise RequestError(f"{why}. Did another model's tokenizer encode the prompt?")
 
 
 @dataclass(frozen=True)
@@ -141,8 +137,8 @@ class EngineConfig:
             value, kind = getattr(self, one.name), type(one.default)
             if value is one.default:
                 continue
-            if "number" in one.metadata:
-                check_number(one.name, value, *one.metadata["number"], ConfigError)
+            if "range" in one.metadata:
+                check_number(one.name, value, one.metadata["range"], ConfigError)
             elif choices := one.metadata.get("choices"):
                 require(value in choices, one.name, value, f"one of {', '.join(map(repr, choices))}", ConfigError)
             else:

@@ -7,7 +7,7 @@ for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,10 @@ from rich.progress import Progress
 
 from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
-from minillm.errors import shown
 from minillm.model.loader import load_model
 from minillm.model.tokenizer import load_tokenizer
 from minillm.outputs import RequestOutput
-from minillm.prompts import Prompt, read_prompts
-from minillm.sampling import SamplingParams
+from minillm.prompts import Params, Wish, read_prompts
 from minillm.seams import need
 from minillm.text import Live, OutputProcessor
 
@@ -54,17 +52,11 @@ class LLM:
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(decoder, config)
         if speculative is not None:
-            proposers = need("proposer", f"speculative={shown(speculative)}")
+            proposers = need("proposer", "speculative", speculative)
             proposers.attach(speculative, self.engine, self.tokenizer, **how)
         self.processor = OutputProcessor(self.engine, self.tokenizer)
 
-    def generate(
-        self,
-        prompts: Any,
-        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
-        *,
-        progress: bool = True,
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Any, sampling_params: Params = None, *, progress: bool = True) -> list[RequestOutput]:
         """Complete all prompts, batched by the engine; the results stand in the order of the prompts.
 
         prompts: one or several, in any of the forms of `minillm.prompts`. `sampling_params` is one for all, or one per
@@ -78,9 +70,7 @@ class LLM:
                 bar.update(task, advance=result.finished)
         return results
 
-    def stream(
-        self, prompts: Any, sampling_params: SamplingParams | Iterable[SamplingParams] | None = None
-    ) -> Iterator[RequestOutput]:
+    def stream(self, prompts: Any, sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Yield a request's result whenever it has grown; `outputs[i].delta` is the text that is new.
 
         Raises `RequestError` as `generate`, at once. It is the same object each time: copy what you want to keep.
@@ -88,15 +78,11 @@ class LLM:
         """
         return self._serve(self._read(prompts, sampling_params), [])
 
-    def _read(
-        self, prompts: Any, params: SamplingParams | Iterable[SamplingParams] | None
-    ) -> list[tuple[Prompt, SamplingParams]]:
+    def _read(self, prompts: Any, params: Params) -> list[Wish]:
         """All prompts in tokens, each with its parameters; nothing is queued yet."""
         return [self.processor.encode(*pair) for pair in read_prompts(prompts, params)]
 
-    def _serve(
-        self, wanted: list[tuple[Prompt, SamplingParams]], results: list[RequestOutput]
-    ) -> Iterator[RequestOutput]:
+    def _serve(self, wanted: list[Wish], results: list[RequestOutput]) -> Iterator[RequestOutput]:
         """Queue all requests into `results`, and yield each that has changed, until all are finished.
 
         Whatever ends the loop, nothing of it stays in the engine; if letting go of one fails, the others go, too.

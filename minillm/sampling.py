@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.config import check_number, number
+from minillm.config import Range, check_number, number
 from minillm.errors import RequestError, require
 
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 LARGEST_INT = 2**31 - 1
+TOKEN, BIAS = (int, 0, LARGEST_INT), (float, -100, 100)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class SamplingParams:
         for one in fields(self):
             value = getattr(self, one.name)
             if one.metadata and value is not one.default:
-                freeze(one.name, _number(one.name, value, *one.metadata["number"]))
+                freeze(one.name, _number(one.name, value, one.metadata["range"]))
         freeze("stop", _strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         freeze("bad_words", _strings("bad_words", self.bad_words))
         freeze("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
@@ -233,8 +234,8 @@ def sample(probs: Tensor, u: Tensor | None) -> Tensor:
 
 
 def plain(value: Any) -> Any:
-    """A scalar of NumPy or PyTorch as Python's own; anything else as it is."""
-    return value.item() if getattr(value, "shape", None) == () else value
+    """A number or an array of NumPy or PyTorch as Python's own number or list; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, (type, memoryview)) else value
 
 
 def is_text(value: Any) -> bool:
@@ -242,10 +243,10 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
-def _number(name: str, given: Any, kind: Any, low: float, high: float) -> Any:
+def _number(name: str, given: Any, allowed: Range) -> Any:
     """A bool, int or float as Python's own."""
-    value = plain(given)
-    check_number(name, value, kind, low, high, RequestError)
+    value, kind = plain(given), allowed[0]
+    check_number(name, value, allowed, RequestError)
     large = kind is not float or value == 0 or abs(value) >= TINY
     require(large, name, value, f"0 or at least {TINY:.3g} in size, else float32 takes it for 0. Use 0")
     return kind(value)
@@ -253,7 +254,7 @@ def _number(name: str, given: Any, kind: Any, low: float, high: float) -> Any:
 
 def _items(name: str, given: Any) -> tuple[Any, ...]:
     """The elements of a collection; None has none."""
-    items = () if given is None else given.tolist() if hasattr(given, "tolist") else given
+    items = () if given is None else plain(given)
     right = isinstance(items, Collection) and not isinstance(items, (str, bytes, bytearray, Mapping))
     require(right, name, given, "None or a list")
     return tuple(items)
@@ -266,7 +267,7 @@ def _strings(name: str, given: Any) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, given: Any) -> tuple[int, ...]:
-    return tuple(_number(name, token, int, 0, LARGEST_INT) for token in _items(name, given))
+    return tuple(_number(name, token, TOKEN) for token in _items(name, given))
 
 
 def _biases(name: str, given: Any) -> tuple[tuple[int, float], ...]:
@@ -274,5 +275,4 @@ def _biases(name: str, given: Any) -> tuple[tuple[int, float], ...]:
     pairs = _items(name, given.items() if isinstance(given, Mapping) else given)
     right = all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
     require(right, name, given, "a mapping from token ids to numbers")
-    tokens, biases = _token_ids(name, [token for token, _ in pairs]), [bias for _, bias in pairs]
-    return tuple(sorted(zip(tokens, (_number(name, bias, float, -100, 100) for bias in biases), strict=True)))
+    return tuple(sorted((_number(name, token, TOKEN), _number(name, bias, BIAS)) for token, bias in pairs))

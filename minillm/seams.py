@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, shown
 
 ANY = "any"  # device: the offer is for all of them
 OFFERS = {
@@ -44,9 +44,9 @@ def offer(seam: str, device: str = ANY) -> ModuleType | None:
         return None
 
 
-def need(seam: str, wish: str) -> ModuleType:
-    """The module that offers `seam` on every device. Raises ConfigError, which names the wish, if it is not there."""
+def need(seam: str, name: str, value: object) -> ModuleType:
+    """The module that offers `seam`, which the setting `name=value` asks for. Raises ConfigError if it is not there."""
     module = offer(seam)
     if module is None:
-        raise ConfigError(f"{wish} needs the extra {OFFERS[seam][ANY]}. Install it, or do without.")
+        raise ConfigError(f"{name}={shown(value)} needs the extra {OFFERS[seam][ANY]}. Install it, or do without.")
     return module

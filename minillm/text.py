@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -48,6 +47,7 @@ class TextStream:
         if hits and len(self.output.token_ids) > self.params.min_tokens:
             position, stop = min(hits)
             self.output.text += text[: position + len(stop) * self.params.include_stop_str_in_output]
+            self._held = ""
             return stop
         end = len(text) - max((_overlap(text, stop) for stop in stops), default=0)
         self.output.text += text[:end]
@@ -82,12 +82,11 @@ class Live:
 class OutputProcessor:
     """Requests in, results with text out. Several callers, each with a mailbox of its own, may take turns.
 
-    tokenizer: None for a model without text. `new_metrics` makes the times of a request.
+    tokenizer: None for a model without text.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.new_metrics: Callable[..., RequestMetrics] = RequestMetrics
         self._live: dict[str, Live] = {}
         self._events: deque[TokenEvent] = deque()
         self._lock = threading.RLock()
@@ -99,10 +98,7 @@ class OutputProcessor:
         """
         if prompt.token_ids is None or params.stop or params.bad_words:
             if self.tokenizer is None:
-                raise RequestError(
-                    "A random model has no tokenizer. Give token ids, such as [1, 2, 3], as the prompt, stop_token_ids "
-                    "instead of stop, and bad_words_token_ids instead of bad_words."
-                )
+                raise RequestError("There is no tokenizer. Give token ids, stop_token_ids and bad_words_token_ids.")
             params = params.with_bad_words(partial(self.tokenizer.encode, add_special_tokens=False))
             if prompt.token_ids is None:
                 prompt = replace(prompt, token_ids=tuple(self.tokenizer.encode(prompt.text or "")))
@@ -112,7 +108,7 @@ class OutputProcessor:
     def add(self, name: str, prompt: Prompt, params: SamplingParams, mailbox: dict[str, Live]) -> RequestOutput:
         """Queue a request that `encode` has seen, under a name of `engine.new_id`. Its result will grow."""
         outputs = [CompletionOutput(index) for index in range(params.n)]
-        metrics = self.new_metrics(time.perf_counter(), [[] for _ in outputs])
+        metrics = RequestMetrics(time.perf_counter(), [[] for _ in outputs])
         result = RequestOutput(name, prompt.text, list(prompt.token_ids or ()), outputs, metrics)
         texts = [TextStream(output, self.tokenizer, params) for output in outputs] if self.tokenizer else []
         with self._lock:
@@ -164,7 +160,8 @@ class OutputProcessor:
         live.mailbox[result.request_id] = live
         result.metrics.first_scheduled_time = request.first_scheduled_time
         result.num_cached_tokens = request.num_cached
-        self._take_prompt_logprobs(result, request)
+        if request.params.prompt_logprobs is not None and request.index == 0:  # nothing comes before the first token
+            result.prompt_logprobs = result.prompt_logprobs or [None, *map(self._spell, request.prompt_logprobs)]
         for token in request.tokens[request.num_prompt + len(output.token_ids) :]:
             output.token_ids.append(token)
             result.metrics.token_times[output.index].append(now)
@@ -185,11 +182,6 @@ class OutputProcessor:
         output.cumulative_logprob = (output.cumulative_logprob or 0.0) + told[token].logprob
         output.logprobs = output.logprobs or []
         output.logprobs.append(self._spell(told))
-
-    def _take_prompt_logprobs(self, result: RequestOutput, request: Request) -> None:
-        """Once the prompt is computed: None for its first token, which nothing comes before."""
-        if request.params.prompt_logprobs is not None and result.prompt_logprobs is None and request.index == 0:
-            result.prompt_logprobs = [None, *map(self._spell, request.prompt_logprobs)]
 
     def _spell(self, told: dict[int, Logprob]) -> dict[int, Logprob]:
         """Candidates with their bytes, which make their text."""

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from minillm import sampling
-from minillm.config import KERNELS, POLICIES, EngineConfig
+from minillm.config import KERNELS, POLICIES, EngineConfig, Range
 from minillm.engine.engine import Engine
 from minillm.engine.request import Request
 from minillm.errors import MinillmError, RequestError
@@ -677,8 +677,8 @@ def _names_its_own_end(self: Request, tokens: list[int], end_ids: tuple[int, ...
     return taken
 
 
-def _true_is_one(name: str, given: Any, kind: Any, low: float, high: float) -> Any:
-    return _number(name, int(given) if isinstance(given, bool) and kind is not bool else given, kind, low, high)
+def _true_is_one(name: str, given: Any, allowed: Range) -> Any:
+    return _number(name, int(given) if isinstance(given, bool) and allowed[0] is not bool else given, allowed)
 
 
 ANOTHER = r"seed \d+: AssertionError: completion \d of [\s\S]*, not\n"

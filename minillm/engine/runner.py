@@ -46,7 +46,7 @@ def open_cache(model: Decoder, config: EngineConfig) -> BlockTensors:
         num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
         backend = choose_backend(config.kernels, model.device)
         return PagedCache(model.config, backend, num_blocks=num_blocks, block_size=config.block_size, **where)
-    extra = need("kv_format", f"kv_format={config.kv_format!r}")
+    extra = need("kv_format", "kv_format", config.kv_format)
     per_block = extra.block_bytes(model.config, config.block_size, config.kv_format)
     num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
     sizes = {"num_blocks": num_blocks, "block_size": config.block_size, "kernels": config.kernels}

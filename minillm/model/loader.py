@@ -179,7 +179,7 @@ def load_model(
         raise ConfigError(f"kernels={kernels!r} is unknown. Choose one of {', '.join(map(repr, KERNELS))}.")
     source: Source
     if isinstance(name, str) and name.startswith("random:"):
-        extra = seams.need("random_weights", repr(name))
+        extra = seams.need("random_weights", "model", name)
         config, source = extra.draw(name.removeprefix("random:"), place, kind, seed)
     else:
         folder = checkpoint_folder(name)
