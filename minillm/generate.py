@@ -83,6 +83,6 @@ def choose(
     """The token after `prompt` and `output`, drawn from its logits [vocab_size]."""
     if params.adjusts:
         logits = adjust(logits, params, prompt, output, end_ids)
-    u = params.random(sample_index, len(output))
-    number = torch.tensor([u], dtype=torch.float64, device=logits.device)
-    return int(sample(probs_from_logits(logits[None], [params]), number))
+    u = [params.random(sample_index, len(output))]
+    numbers = None if params.greedy else torch.tensor(u, dtype=torch.float64, device=logits.device)
+    return int(sample(probs_from_logits(logits[None], [params]), numbers))
