@@ -6,19 +6,31 @@ projections (Qwen2), a norm on queries and keys (Qwen3), a sliding window (Mistr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from minillm.errors import CheckpointError, ConfigError, RequestError, shown
+from minillm.errors import CheckpointError, ConfigError, MinillmError, RequestError, require, shown
 
 KERNELS = ("auto", "reference")
 POLICIES = ("mixed", "prefill_first", "static")  # who goes first; see minillm.engine.scheduler
+INT64 = 2**63 - 1  # the largest integer that a tensor holds
+Range = tuple[Any, float, float]  # numbers of a kind (bool, int, float), from the smallest to the largest
 
 
-def _int(default: int | None, least: int | None) -> Any:
-    """A setting that is an integer of at least `least`; None is allowed where it is the default."""
-    return field(default=default, metadata={"least": least})
+def number(kind: type, default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A field that holds a number of this range. Where the default is None, None is allowed."""
+    return field(default=default, metadata={"range": (kind, low, high)})
+
+
+def check_number(name: str, value: Any, allowed: Range, error: type[MinillmError]) -> None:
+    """Raise `error` for what is no number of this range. An int may stand for a float, nothing else for another."""
+    kind, low, high = allowed
+    right = isinstance(value, (int, kind)) and isinstance(value, bool) == (kind is bool) and bool(low <= value <= high)
+    span = f" from {low:.6g} to {high:.6g}" if high < math.inf else ""
+    what = {bool: "True or False", int: f"an integer{span}", float: f"a number{span}"}[kind]
+    require(right, name, value, what, error)
 
 
 def _one_of(*choices: str) -> Any:
@@ -60,11 +72,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise CheckpointError(
-                f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}: "
-                "every key head must serve the same number of query heads. Check config.json."
-            )
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if heads % kv_heads:  # every key head must serve the same number of query heads
+            why = f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+            raise CheckpointError(f"{why}. Check config.json.")
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim={self.head_dim} is odd: rotary embeddings turn pairs. Check config.json.")
 
@@ -78,17 +89,12 @@ def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
     """Raise RequestError for a prompt that the model cannot read: empty, too long, or of another vocabulary."""
     if len(token_ids) == 0:
         raise RequestError("The prompt is empty. Give at least one token.")
-    if len(token_ids) > config.max_position_embeddings:
-        raise RequestError(
-            f"The prompt has {len(token_ids)} tokens, the model has {config.max_position_embeddings} positions. "
-            "Shorten the prompt."
-        )
-    strange = [token for token in token_ids if type(token) is not int or not 0 <= token < config.vocab_size]
-    if strange:
-        raise RequestError(
-            f"Token id {shown(strange[0])} is outside the vocabulary of {config.vocab_size}, or no integer. Did "
-            "another model's tokenizer encode the prompt?"
-        )
+    length, most = len(token_ids), config.max_position_embeddings
+    if length > most:
+        raise RequestError(f"The prompt has {length} tokens, the model has {most} positions. Shorten the prompt.")
+    if strange := [token for token in token_ids if type(token) is not int or not 0 <= token < config.vocab_size]:
+        why = f"Token id {shown(strange[0])} is outside the vocabulary of {config.vocab_size}, or no integer"
+        raise RequestError(f"{why}. Did another model's tokenizer encode the prompt?")
 
 
 @dataclass(frozen=True)
@@ -112,42 +118,36 @@ class EngineConfig:
 
     kernels: str = _one_of(*KERNELS)
     kv_format: str = "auto"
-    block_size: int = _int(16, 1)
-    num_blocks: int | None = _int(None, 2)
-    cache_bytes: int | None = _int(None, 1)
-    max_num_seqs: int = _int(64, 1)
-    max_num_batched_tokens: int = _int(512, 1)
+    block_size: int = number(int, 16, 1, INT64)
+    num_blocks: int | None = number(int, None, 2, INT64)
+    cache_bytes: int | None = number(int, None, 1, INT64)
+    max_num_seqs: int = number(int, 64, 1, INT64)
+    max_num_batched_tokens: int = number(int, 512, 1, INT64)
     policy: str = _one_of(*POLICIES)
     enable_prefix_caching: bool = True
     cuda_graphs: bool = True
-    num_speculative_tokens: int = _int(4, 0)
+    num_speculative_tokens: int = number(int, 4, 0, INT64)
     adaptive_drafts: bool = True
-    seed: int = _int(0, None)
-    trace_bytes: int = _int(2**22, 0)
+    seed: int = number(int, 0)
+    trace_bytes: int = number(int, 2**22, 0, INT64)
     debug: bool = False
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            _check_setting(one.name, getattr(self, one.name), one.default, one.metadata)
+            value, kind = getattr(self, one.name), type(one.default)
+            if value is one.default:
+                continue
+            if "range" in one.metadata:
+                check_number(one.name, value, one.metadata["range"], ConfigError)
+            elif choices := one.metadata.get("choices"):
+                require(value in choices, one.name, value, f"one of {', '.join(map(repr, choices))}", ConfigError)
+            else:
+                require(type(value) is kind, one.name, value, f"a {kind.__name__}", ConfigError)
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> EngineConfig:
         """The configuration with these fields. Raises ConfigError for a name that is none of them."""
         known = [one.name for one in fields(cls)]
         if strange := [name for name in settings if name not in known]:
-            raise ConfigError(f"There is no setting {strange[0]!r}. The settings are {', '.join(known)}.")
+            raise ConfigError(f"There is no setting {shown(strange[0])}. The settings are {', '.join(known)}.")
         return cls(**settings)
-
-
-def _check_setting(name: str, value: Any, default: Any, rule: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a value of another type than the default's, or one that its rule does not allow."""
-    if "least" in rule:
-        least = rule["least"]
-        right = type(value) is int and (least is None or least <= value < 2**63)
-        right, allowed = right or (value is None is default), f"an integer of at least {least}"
-    elif "choices" in rule:
-        right, allowed = value in rule["choices"], f"one of {', '.join(map(repr, rule['choices']))}"
-    else:
-        right, allowed = type(value) is type(default), f"a {type(default).__name__}"
-    if not right:
-        raise ConfigError(f"{name}={shown(value)} is not possible: it must be {allowed}.")

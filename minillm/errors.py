@@ -29,6 +29,12 @@ class RequestError(MinillmError, ValueError):
     """One request that cannot be served: its prompt or its sampling parameters are at fault."""
 
 
+def require(right: bool, name: str, value: Any, allowed: str, error: type[MinillmError] = RequestError) -> None:
+    """Raise `error`, which names the value and what it must be, unless the value is right."""
+    if not right:
+        raise error(f"{name}={shown(value)} is not possible: it must be {allowed}.")
+
+
 def shown(value: Any) -> str:
     """A value in a message: short, and never an error of its own (Python does not print integers of 5,000 digits)."""
     try:

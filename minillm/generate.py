@@ -18,7 +18,7 @@ from torch import Tensor
 from minillm.cache.contiguous import ContiguousCache, SequenceCache
 from minillm.config import check_prompt
 from minillm.model.decoder import Decoder, inference
-from minillm.sampling import SamplingParams, adjust, pick, probs_from_logits
+from minillm.sampling import SamplingParams, adjust, probs_from_logits, sample
 
 SPARE = 64  # tokens of room after a prompt, before the cache has to grow
 
@@ -35,21 +35,14 @@ def extend(model: Decoder, tokens: Tensor, cache: SequenceCache) -> Tensor:
         return model.logits(hidden[-1:])[0]
 
 
-def new_cache(model: Decoder, num_tokens: int) -> ContiguousCache:
-    """An empty cache with room for so many tokens and some more."""
-    capacity = num_tokens + SPARE
-    return ContiguousCache(
-        model.config, capacity=capacity, device=model.device, dtype=model.dtype, kernels=model.kernels
-    )
-
-
 def prefill(model: Decoder, token_ids: Sequence[int]) -> tuple[Tensor, ContiguousCache]:
     """Phase 1: all prompt tokens at once. Returns the logits [vocab_size] of the first new token, and the cache.
 
     Raises RequestError for an empty prompt, an unknown token id, or more tokens than the model has positions.
     """
     check_prompt(token_ids, model.config)
-    cache = new_cache(model, len(token_ids))
+    room = len(token_ids) + SPARE
+    cache = ContiguousCache(model.config, capacity=room, device=model.device, dtype=model.dtype, kernels=model.kernels)
     return extend(model, torch.tensor(token_ids, device=model.device), cache), cache
 
 
@@ -59,23 +52,16 @@ def decode(model: Decoder, token_id: int, cache: SequenceCache) -> Tensor:
 
 
 def generate(
-    model: Decoder,
-    token_ids: Sequence[int],
-    params: SamplingParams | None = None,
-    *,
-    sample_index: int = 0,
-    cache: SequenceCache | None = None,
+    model: Decoder, token_ids: Sequence[int], params: SamplingParams | None = None, *, sample_index: int = 0
 ) -> Iterator[int]:
     """Yield the new tokens, each as soon as it is known. The end token is part of them, as in vLLM.
 
     Stops after `max_tokens`, at a stop token, or where the model has no more positions. `sample_index` picks the
-    random stream of one of several completions. `cache`: an empty one, if it should not be a `ContiguousCache`.
+    random stream of one of several completions.
     """
     params = params or SamplingParams()
-    check_prompt(token_ids, model.config)
     room = model.config.max_position_embeddings - len(token_ids) + 1
-    cache = cache or new_cache(model, len(token_ids))
-    logits = extend(model, torch.tensor(token_ids, device=model.device), cache)
+    logits, cache = prefill(model, token_ids)
     output: list[int] = []
     for step in range(min(params.max_tokens, room)):
         if step > 0:
@@ -97,8 +83,6 @@ def choose(
     """The token after `prompt` and `output`, drawn from its logits [vocab_size]."""
     if params.adjusts:
         logits = adjust(logits, params, prompt, output, end_ids)
-    probs = probs_from_logits(logits[None], [params])
-    if params.greedy:
-        return int(probs.argmax())
-    u = params.random(sample_index, len(output))
-    return int(pick(probs, torch.tensor([u], dtype=torch.float64, device=probs.device)))
+    u = [params.random(sample_index, len(output))]
+    numbers = None if params.greedy else torch.tensor(u, dtype=torch.float64, device=logits.device)
+    return int(sample(probs_from_logits(logits[None], [params]), numbers))

@@ -7,9 +7,8 @@ for output in llm.generate(["def fib(n):"], SamplingParams(temperature=0, max_to
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from rich.progress import Progress
 
 from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
-from minillm.errors import ConfigError
 from minillm.model.loader import load_model
 from minillm.model.tokenizer import load_tokenizer
 from minillm.outputs import RequestOutput
-from minillm.prompts import Prompt, read_prompts
-from minillm.sampling import SamplingParams
-from minillm.seams import offer
+from minillm.prompts import Params, Wish, read_prompts
+from minillm.seams import need
 from minillm.text import Live, OutputProcessor
 
 
@@ -34,8 +31,8 @@ class LLM:
 
     model, device, dtype: as in `load_model`. speculative: who guesses tokens ahead, which are then checked several at
     a time: None (nobody), "ngram" (what followed earlier in the text), "draft" (the embedded draft model) or the name
-    of a smaller model with the same tokenizer. settings: fields of `EngineConfig`, by name. Raises what these raise,
-    and `ConfigError` for a setting that does not exist.
+    of a smaller model with the same tokenizer. progress: show a bar while a model is loaded. settings: fields of
+    `EngineConfig`, by name. Raises what these raise, and `ConfigError` for a setting that does not exist.
     """
 
     def __init__(
@@ -45,80 +42,60 @@ class LLM:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         speculative: str | None = None,
+        progress: bool = True,
         **settings: Any,
     ) -> None:
         config = EngineConfig.of(settings)
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "seed": config.seed, "kernels": config.kernels}
+        how: dict[str, Any] = dict(device=device, dtype=dtype, progress=progress)
+        how |= dict(seed=config.seed, kernels=config.kernels)
         decoder = load_model(model, **how)
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(decoder, config)
         if speculative is not None:
-            proposers = offer("proposer")
-            if proposers is None:
-                raise ConfigError(f"speculative={speculative!r} needs minillm.speculative, which is not here.")
+            proposers = need("proposer", "speculative", speculative)
             proposers.attach(speculative, self.engine, self.tokenizer, **how)
         self.processor = OutputProcessor(self.engine, self.tokenizer)
 
-    def generate(
-        self,
-        prompts: Any,
-        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
-        *,
-        progress: bool = True,
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Any, sampling_params: Params = None, *, progress: bool = True) -> list[RequestOutput]:
         """Complete all prompts, batched by the engine; the results stand in the order of the prompts.
 
         prompts: one or several, in any of the forms of `minillm.prompts`. `sampling_params` is one for all, or one per
         prompt. Raises `RequestError` for a request that cannot be served, before anything is computed.
         """
         wanted = self._read(prompts, sampling_params)
-        lives: list[Live] = []
+        results: list[RequestOutput] = []
         with Progress(transient=True, disable=not progress, console=Console(stderr=True)) as bar:
             task = bar.add_task("Generating", total=len(wanted))
-            for live in self._serve(wanted, lives):
-                bar.update(task, advance=live.output.finished)
-        return [live.output for live in lives]
+            for result in self._serve(wanted, results):
+                bar.update(task, advance=result.finished)
+        return results
 
-    def stream(
-        self, prompts: Any, sampling_params: SamplingParams | Iterable[SamplingParams] | None = None
-    ) -> Iterator[RequestOutput]:
+    def stream(self, prompts: Any, sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Yield a request's result whenever it has grown; `outputs[i].delta` is the text that is new.
 
         Raises `RequestError` as `generate`, at once. It is the same object each time: copy what you want to keep.
         Leaving the loop early aborts the requests.
         """
-        return self._deltas(self._read(prompts, sampling_params))
+        return self._serve(self._read(prompts, sampling_params), [])
 
-    def _deltas(self, wanted: list[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
-        shown: Counter[tuple[str, int]] = Counter()  # characters by completion
-        with closing(self._serve(wanted, [])) as changed:
-            for live in changed:
-                for output in live.output.outputs:
-                    key = live.output.request_id, output.index
-                    output.delta = output.text[shown[key] :]
-                    shown[key] = len(output.text)
-                yield live.output
-
-    def _read(
-        self, prompts: Any, params: SamplingParams | Iterable[SamplingParams] | None
-    ) -> list[tuple[Prompt, SamplingParams]]:
+    def _read(self, prompts: Any, params: Params) -> list[Wish]:
         """All prompts in tokens, each with its parameters; nothing is queued yet."""
         return [self.processor.encode(*pair) for pair in read_prompts(prompts, params)]
 
-    def _serve(self, wanted: list[tuple[Prompt, SamplingParams]], lives: list[Live]) -> Generator[Live, None, None]:
-        """Queue all requests into `lives`, and yield each when it has changed, until all are finished.
+    def _serve(self, wanted: list[Wish], results: list[RequestOutput]) -> Iterator[RequestOutput]:
+        """Queue all requests into `results`, and yield each that has changed, until all are finished.
 
         Whatever ends the loop, nothing of it stays in the engine; if letting go of one fails, the others go, too.
         """
-        names, mailbox = [self.engine.new_id() for _ in wanted], list[Live]()
+        names, mailbox = [self.engine.new_id() for _ in wanted], dict[str, Live]()
         try:
             for name, pair in zip(names, wanted, strict=True):
-                lives.append(self.processor.add(name, *pair, mailbox))
-            waiting = len(lives)
+                results.append(self.processor.add(name, *pair, mailbox))
+            waiting = len(results)
             while waiting:
-                for live in self.processor.step(mailbox):
-                    waiting -= live.output.finished
-                    yield live
+                for result in self.processor.step(mailbox):
+                    waiting -= result.finished
+                    yield result
         finally:
             with ExitStack() as leaving:
                 for name in names:

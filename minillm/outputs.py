@@ -11,15 +11,18 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class Logprob:
-    """One candidate of one step: log-probability under the raw logits, rank (1 is the most likely), text, and bytes.
+    """One candidate of one step: log-probability under the raw logits, rank (1 is the most likely), bytes, and text.
 
-    Text and bytes need a tokenizer. The bytes are exact where a token is only a part of a character.
+    Bytes and text need a tokenizer. The bytes are exact: two tokens may look alike, and one may be half a character.
     """
 
     logprob: float
     rank: int
-    decoded_token: str | None = None
     token_bytes: bytes | None = None
+
+    @property
+    def decoded_token(self) -> str | None:
+        return None if self.token_bytes is None else self.token_bytes.decode("utf-8", "replace")
 
 
 @dataclass

@@ -18,6 +18,7 @@ from minillm.sampling import SamplingParams, is_text, plain
 PROMPT = (
     'Give a string, token ids, {"prompt": "text"} or {"prompt_token_ids": ids}, both with "cache_salt" if you like.'
 )
+Params = SamplingParams | Iterable[SamplingParams] | None  # one for all, one for each, or the defaults
 SINGLE = (str, bytes, bytearray, memoryview, Mapping, Set)  # iterable, but no series of prompts or parameters
 
 
@@ -30,7 +31,10 @@ class Prompt:
     cache_salt: str | None = None
 
 
-def read_prompts(prompts: Any, params: Any = None) -> list[tuple[Prompt, SamplingParams]]:
+Wish = tuple[Prompt, SamplingParams]  # one prompt, and how its tokens are wanted
+
+
+def read_prompts(prompts: Any, params: Any = None) -> list[Wish]:
     """Each prompt with its parameters. `params`: one for all, one for each, or None for the defaults.
 
     Raises RequestError for anything else, naming the prompt ("prompt 3 of 5").
@@ -65,10 +69,10 @@ def _read(given: Any, which: str) -> Prompt:
 
 
 def _token_ids(given: Any, which: str) -> tuple[int, ...]:
-    ids = given.tolist() if hasattr(given, "tolist") and not isinstance(given, memoryview) else given
+    ids = plain(given)
     if not isinstance(ids, (list, tuple)):
         raise RequestError(f"{which} is {shown(given)}, which is no prompt. {PROMPT}")
-    ids = tuple(ids if all(type(token) is int for token in ids) else map(plain, ids))
-    if strange := [token for token in ids if not isinstance(token, int) or isinstance(token, bool)]:
+    ids = tuple(map(plain, ids))
+    if strange := [token for token in ids if type(token) is not int]:
         raise RequestError(f"{which}: {shown(strange[0])} is no token id. {PROMPT}")
     return ids

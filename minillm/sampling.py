@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import chain
@@ -20,15 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.errors import RequestError, shown
+from minillm.config import Range, check_number, number
+from minillm.errors import RequestError, require
 
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 LARGEST_INT = 2**31 - 1
-
-
-def _of(kind: type, default: Any, low: float = -math.inf, high: float = math.inf) -> Any:
-    """A field that holds a bool, an int or a float between two bounds. Where the default is None, None is allowed."""
-    return field(default=default, metadata={"scalar": (kind, low, high)})
+TOKEN, BIAS = (int, 0, LARGEST_INT), (float, -100, 100)
 
 
 @dataclass(frozen=True)
@@ -50,45 +47,42 @@ class SamplingParams:
     Raises RequestError for a value of another type, out of its range, or that float32 takes for 0.
     """
 
-    n: int = _of(int, 1, 1, 16384)
-    temperature: float = _of(float, 1.0, 0, HUGE)
-    top_p: float = _of(float, 1.0, TINY, 1)
-    top_k: int = _of(int, 0, -1, LARGEST_INT)
-    min_p: float = _of(float, 0.0, 0, 1)
-    repetition_penalty: float = _of(float, 1.0, 1e-30, 1e30)  # a logit that is divided by it stays finite
-    presence_penalty: float = _of(float, 0.0, -2, 2)
-    frequency_penalty: float = _of(float, 0.0, -2, 2)
+    n: int = number(int, 1, 1, 16384)
+    temperature: float = number(float, 1.0, 0, HUGE)
+    top_p: float = number(float, 1.0, TINY, 1)
+    top_k: int = number(int, 0, -1, LARGEST_INT)
+    min_p: float = number(float, 0.0, 0, 1)
+    repetition_penalty: float = number(float, 1.0, 1e-30, 1e30)  # a logit that is divided by it stays finite
+    presence_penalty: float = number(float, 0.0, -2, 2)
+    frequency_penalty: float = number(float, 0.0, -2, 2)
     logit_bias: Mapping[int, float] | Collection[tuple[int, float]] | None = None
     bad_words: Collection[str] | None = None
     bad_words_token_ids: Collection[Sequence[int]] | None = None
-    seed: int | None = _of(int, None)
+    seed: int | None = number(int, None)
     stop: str | Collection[str] | None = None
     stop_token_ids: Collection[int] | None = None
-    include_stop_str_in_output: bool = _of(bool, False)
-    ignore_eos: bool = _of(bool, False)
-    max_tokens: int = _of(int, 16, 1, LARGEST_INT)
-    min_tokens: int = _of(int, 0, 0, LARGEST_INT)
-    logprobs: int | None = _of(int, None, 0, 20)
-    prompt_logprobs: int | None = _of(int, None, 0, 20)
-    skip_special_tokens: bool = _of(bool, True)
+    include_stop_str_in_output: bool = number(bool, False)
+    ignore_eos: bool = number(bool, False)
+    max_tokens: int = number(int, 16, 1, LARGEST_INT)
+    min_tokens: int = number(int, 0, 0, LARGEST_INT)
+    logprobs: int | None = number(int, None, 0, 20)
+    prompt_logprobs: int | None = number(int, None, 0, 20)
+    skip_special_tokens: bool = number(bool, True)
 
     def __post_init__(self) -> None:
         freeze = partial(object.__setattr__, self)
-        for one in (one for one in fields(self) if one.metadata):
-            if (value := getattr(self, one.name)) is not None or one.default is not None:
-                freeze(one.name, _scalar(one.name, value, *one.metadata["scalar"]))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.metadata and value is not one.default:
+                freeze(one.name, _number(one.name, value, one.metadata["range"]))
         freeze("stop", _strings("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         freeze("bad_words", _strings("bad_words", self.bad_words))
         freeze("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         name, words = "bad_words_token_ids", self.bad_words_token_ids
         freeze(name, tuple(_token_ids(name, word) for word in _items(name, words)))
-        _check(name, words, "None or lists of token ids, none of them empty", all(self.bad_words_token_ids or ()))
+        require(all(self.bad_words_token_ids or ()), name, words, "None or lists of token ids, none of them empty")
         freeze("logit_bias", _biases("logit_bias", self.logit_bias))
-        _check("min_tokens", self.min_tokens, "at most max_tokens", self.min_tokens <= self.max_tokens)
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return tuple(self.stop or ())
+        require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at most max_tokens")
 
     @property
     def greedy(self) -> bool:
@@ -123,7 +117,7 @@ class SamplingParams:
             raise RequestError("bad_words need a tokenizer, and there is none. Use bad_words_token_ids.")
         named = {*dict(self.logit_bias or ()), *chain(*(self.bad_words_token_ids or ()))}
         allowed, largest = f"below the vocabulary's size, {vocab_size}", max(named, default=0)
-        _check("the largest token id in logit_bias and bad_words", largest, allowed, largest < vocab_size)
+        require(largest < vocab_size, "the largest token id in logit_bias and bad_words", largest, allowed)
 
     def random(self, index: int, position: int, *, engine_seed: int = 0, arrival: int = 0) -> float:
         """The number in [0, 1) that output token `position` of completion `index` of a request is drawn with.
@@ -148,7 +142,8 @@ def adjust(
     1. bad_words_token_ids: if the output ends with all of a word but its last token, that token is impossible (-inf).
     2. min_tokens: while the output is shorter, `end_ids` (the model's end tokens) and stop_token_ids are impossible.
     3. logit_bias is added.
-    4. repetition_penalty, for tokens of the prompt and of the output: see `penalize_repetition`.
+    4. repetition_penalty, once for each token of the prompt and of the output: a positive score is divided by it, a
+       negative one multiplied. Both move down for a penalty above 1 (Keskar et al. 2019, arXiv:1909.05858).
     5. frequency_penalty, times how often a token stands in the output, is subtracted.
     6. presence_penalty is subtracted for each token of the output, however often it stands there.
     """
@@ -159,7 +154,8 @@ def adjust(
         scores[list(tokens)] += torch.tensor(biases, device=scores.device)
     if params.repetition_penalty != 1:
         seen = torch.tensor([*prompt, *output], dtype=torch.int64, device=scores.device)
-        scores = penalize_repetition(scores, seen, params.repetition_penalty)
+        scored, penalty = scores[seen], params.repetition_penalty
+        scores[seen] = torch.where(scored > 0, scored / penalty, scored * penalty)
     if params.frequency_penalty or params.presence_penalty:
         said = torch.tensor(output, dtype=torch.int64, device=scores.device)
         counts = torch.zeros_like(scores).index_add_(0, said, torch.ones_like(said, dtype=torch.float32))
@@ -186,7 +182,7 @@ def probs_from_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tenso
     (arXiv:2407.01082). Each works on the renormalised result of the one before, row by row.
 
     The largest logit is subtracted before the division, so no temperature overflows; logits of +inf share all mass. A
-    row that is no distribution (a logit is NaN, or all are -inf) comes out with NaN, and `pick` and `sample` answer -1.
+    row that is no distribution (a logit is NaN, or all are -inf) comes out with NaN, and `sample` answers -1.
     """
     logits = logits.float()
     largest, first = logits.max(dim=-1, keepdim=True)
@@ -221,42 +217,25 @@ def _truncate(probs: Tensor, logits: Tensor, params: Sequence[SamplingParams]) -
     return torch.zeros_like(probs).scatter_(-1, order, ranked / ranked.sum(dim=-1, keepdim=True))
 
 
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make the tokens `seen` [n] less likely in logits [vocab] (Keskar et al. 2019, arXiv:1909.05858).
-
-    Positive logits are divided, negative ones multiplied: both move down for a penalty above 1. A token counts once.
-    """
-    scores = logits[seen]
-    return logits.index_put((seen,), torch.where(scores > 0, scores / penalty, scores * penalty))
-
-
 def sample(probs: Tensor, u: Tensor | None) -> Tensor:
     """A token for each row of probs [rows, vocab], from the numbers u [rows] float64 in [0, 1); int64 [rows].
 
-    u is None where every row is greedy, all on one token: then the running sums of the vocabulary are saved. -1 for a
-    row that is no distribution. No host synchronisation.
-    """
-    if u is not None:
-        return pick(probs, u)
-    mass, token = probs.max(dim=-1)
-    return torch.where(mass > 0, token, -1)
-
-
-def pick(probs: Tensor, u: Tensor) -> Tensor:
-    """The tokens that the numbers u [rows] float64 in [0, 1) fall on, in rows of probs [rows, vocab]; int64 [rows].
-
     It is the first token at which the running sum of the probabilities exceeds u; a token without probability never
-    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding. -1
-    for a row that is no distribution.
+    is that one. Sums are float64: in float32 the tail of a large vocabulary would be lost in rounding. u is None where
+    every row is greedy, all on one token: then the sums are saved. -1 for a row that is no distribution. No host
+    synchronisation.
     """
+    if u is None:
+        mass, token = probs.max(dim=-1)
+        return torch.where(mass > 0, token, -1)
     sums = probs.cumsum(dim=-1, dtype=torch.float64)
     total = sums[:, -1:]
     return torch.where(total > 0, torch.searchsorted(sums, u[:, None] * total, right=True), -1)[:, 0]
 
 
 def plain(value: Any) -> Any:
-    """A scalar of NumPy or PyTorch as Python's own; anything else as it is."""
-    return value.item() if getattr(value, "shape", None) == () else value
+    """A number or an array of NumPy or PyTorch as Python's own number or list; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") and not isinstance(value, (type, memoryview)) else value
 
 
 def is_text(value: Any) -> bool:
@@ -264,43 +243,36 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
-def _check(name: str, value: Any, allowed: str, valid: bool) -> None:
-    if not valid:
-        raise RequestError(f"{name}={shown(value)} is not possible: it must be {allowed}.")
-
-
-def _scalar(name: str, given: Any, kind: Any, low: float, high: float) -> Any:
-    """A bool, int or float as Python's own. An int may stand for a float; nothing else for something else."""
-    value = plain(given)
-    right = isinstance(value, (int, kind)) and isinstance(value, bool) == (kind is bool) and bool(low <= value <= high)
-    span = f" from {low:.6g} to {high:.6g}" if high < math.inf else ""
-    _check(name, given, {bool: "True or False", int: f"an integer{span}", float: f"a number{span}"}[kind], right)
-    too_small = kind is float and 0 < abs(value) < TINY
-    _check(name, given, f"0 or at least {TINY:.3g} in size, else float32 takes it for 0. Use 0", not too_small)
+def _number(name: str, given: Any, allowed: Range) -> Any:
+    """A bool, int or float as Python's own."""
+    value, kind = plain(given), allowed[0]
+    check_number(name, value, allowed, RequestError)
+    large = kind is not float or value == 0 or abs(value) >= TINY
+    require(large, name, value, f"0 or at least {TINY:.3g} in size, else float32 takes it for 0. Use 0")
     return kind(value)
 
 
 def _items(name: str, given: Any) -> tuple[Any, ...]:
     """The elements of a collection; None has none."""
-    items = () if given is None else given.tolist() if hasattr(given, "tolist") else given
+    items = () if given is None else plain(given)
     right = isinstance(items, Collection) and not isinstance(items, (str, bytes, bytearray, Mapping))
-    _check(name, given, "None or a list", right)
+    require(right, name, given, "None or a list")
     return tuple(items)
 
 
 def _strings(name: str, given: Any) -> tuple[str, ...]:
     items = _items(name, given)
-    _check(name, given, "None or strings that are not empty", all(is_text(s) and s for s in items))
+    require(all(is_text(s) and s for s in items), name, given, "None or strings that are not empty")
     return tuple(str(s) for s in items)
 
 
 def _token_ids(name: str, given: Any) -> tuple[int, ...]:
-    return tuple(_scalar(name, token, int, 0, LARGEST_INT) for token in _items(name, given))
+    return tuple(_number(name, token, TOKEN) for token in _items(name, given))
 
 
 def _biases(name: str, given: Any) -> tuple[tuple[int, float], ...]:
     """Pairs of a token id and a number, in the order of the tokens; from a mapping, or from such pairs."""
     pairs = _items(name, given.items() if isinstance(given, Mapping) else given)
-    _check(name, given, "a mapping from token ids to numbers", all(isinstance(p, tuple) and len(p) == 2 for p in pairs))
-    biases = [_scalar(name, bias, float, -100, 100) for _, bias in pairs]
-    return tuple(sorted(zip(_token_ids(name, [token for token, _ in pairs]), biases, strict=True)))
+    right = all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs)
+    require(right, name, given, "a mapping from token ids to numbers")
+    return tuple(sorted((_number(name, token, TOKEN), _number(name, bias, BIAS)) for token, bias in pairs))

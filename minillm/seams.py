@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from minillm.errors import ConfigError, shown
+
 ANY = "any"  # device: the offer is for all of them
 OFFERS = {
     "linear": {"cpu": "minillm.kernels.cpu.linear"},
@@ -40,3 +42,11 @@ def offer(seam: str, device: str = ANY) -> ModuleType | None:
         if missing.startswith("minillm.") and not f"{name}.".startswith(f"{missing}."):
             raise  # a fault inside the extra, not its absence
         return None
+
+
+def need(seam: str, name: str, value: object) -> ModuleType:
+    """The module that offers `seam`, which the setting `name=value` asks for. Raises ConfigError if it is not there."""
+    module = offer(seam)
+    if module is None:
+        raise ConfigError(f"{name}={shown(value)} needs the extra {OFFERS[seam][ANY]}. Install it, or do without.")
+    return module

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,10 +29,10 @@ class TextStream:
     """
 
     def __init__(self, output: CompletionOutput, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.output = output
-        self.params = params
+        self.output, self.params = output, params
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._held = ""
+        self._num_told = 0  # characters
 
     def push(self, token: int) -> str | None:
         """Add one token. Returns the stop string that it completes, if any: the text then ends before it.
@@ -42,24 +41,28 @@ class TextStream:
         """
         known = len(self._held)  # a stop string in the text before it came too early: min_tokens passed it over
         text = self._held + self._detokenizer.push([token])
-        early = 0 < len(self.output.token_ids) <= self.params.min_tokens
-        stops = () if early else self.params.stop_strings
+        stops = self.params.stop or ()
         places = [(text.find(stop, max(0, known + 1 - len(stop))), stop) for stop in stops]
-        if hits := [(place, stop) for place, stop in places if place >= 0]:
+        hits = [(place, stop) for place, stop in places if place >= 0]
+        if hits and len(self.output.token_ids) > self.params.min_tokens:
             position, stop = min(hits)
-            self._show(text[: position + len(stop) * self.params.include_stop_str_in_output], held="")
+            self.output.text += text[: position + len(stop) * self.params.include_stop_str_in_output]
+            self._held = ""
             return stop
-        hold = max((_overlap(text, stop) for stop in self.params.stop_strings), default=0)
-        self._show(text[: len(text) - hold], held=text[len(text) - hold :])
+        end = len(text) - max((_overlap(text, stop) for stop in stops), default=0)
+        self.output.text += text[:end]
+        self._held = text[end:]
         return None
 
     def close(self) -> None:
         """The completion ended without a stop string: show what was held back."""
-        self._show(self._held + self._detokenizer.flush(), held="")
+        self.output.text += self._held + self._detokenizer.flush()
+        self._held = ""
 
-    def _show(self, text: str, *, held: str) -> None:
-        self.output.text += text
-        self._held = held
+    def tell(self) -> None:
+        """Make `delta` of the text that is new since the last time."""
+        self.output.delta = self.output.text[self._num_told :]
+        self._num_told = len(self.output.text)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -72,20 +75,18 @@ class Live:
     """A request in the engine: its result so far, and who writes the text of each completion."""
 
     output: RequestOutput
-    texts: list[TextStream] | None  # None without a tokenizer
-    mailbox: list[Live]  # where it is put when it has changed
-    told: bool = True  # whether its owner has seen the last change
+    texts: list[TextStream]  # empty without a tokenizer
+    mailbox: dict[str, Live]  # of its owner: by name, what has changed since the owner last looked
 
 
 class OutputProcessor:
     """Requests in, results with text out. Several callers, each with a mailbox of its own, may take turns.
 
-    tokenizer: None for a model without text. `new_metrics` makes the times of a request.
+    tokenizer: None for a model without text.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.new_metrics: Callable[..., RequestMetrics] = RequestMetrics
         self._live: dict[str, Live] = {}
         self._events: deque[TokenEvent] = deque()
         self._lock = threading.RLock()
@@ -95,34 +96,29 @@ class OutputProcessor:
 
         Raises `RequestError` for what the engine could never serve, or what needs a tokenizer if there is none.
         """
-        needs_text = prompt.token_ids is None or params.stop_strings or params.bad_words
-        if needs_text and self.tokenizer is None:
-            raise RequestError(
-                "A random model has no tokenizer. Give token ids, such as [1, 2, 3], as the prompt, stop_token_ids "
-                "instead of stop, and bad_words_token_ids instead of bad_words."
-            )
-        if prompt.token_ids is None and self.tokenizer:
-            prompt = replace(prompt, token_ids=tuple(self.tokenizer.encode(prompt.text or "")))
-        if params.bad_words and self.tokenizer:
+        if prompt.token_ids is None or params.stop or params.bad_words:
+            if self.tokenizer is None:
+                raise RequestError("There is no tokenizer. Give token ids, stop_token_ids and bad_words_token_ids.")
             params = params.with_bad_words(partial(self.tokenizer.encode, add_special_tokens=False))
+            if prompt.token_ids is None:
+                prompt = replace(prompt, token_ids=tuple(self.tokenizer.encode(prompt.text or "")))
         self.engine.check(prompt.token_ids or (), params)
         return prompt, params
 
-    def add(self, name: str, prompt: Prompt, params: SamplingParams, mailbox: list[Live]) -> Live:
-        """Queue a request that `encode` has seen, under a name of `engine.new_id`."""
+    def add(self, name: str, prompt: Prompt, params: SamplingParams, mailbox: dict[str, Live]) -> RequestOutput:
+        """Queue a request that `encode` has seen, under a name of `engine.new_id`. Its result will grow."""
         outputs = [CompletionOutput(index) for index in range(params.n)]
-        metrics = self.new_metrics(time.perf_counter(), [[] for _ in outputs])
+        metrics = RequestMetrics(time.perf_counter(), [[] for _ in outputs])
         result = RequestOutput(name, prompt.text, list(prompt.token_ids or ()), outputs, metrics)
-        texts = [TextStream(output, self.tokenizer, params) for output in outputs] if self.tokenizer else None
-        live = Live(result, texts, mailbox)
+        texts = [TextStream(output, self.tokenizer, params) for output in outputs] if self.tokenizer else []
         with self._lock:
-            self._live[name] = live
+            self._live[name] = Live(result, texts, mailbox)
             arrival, salt = metrics.arrival_time, prompt.cache_salt
             self.engine.add(result.prompt_token_ids, params, request_id=name, cache_salt=salt, arrival_time=arrival)
-        return live
+        return result
 
-    def step(self, mailbox: list[Live]) -> list[Live]:
-        """The requests of this mailbox that have changed since it was last asked; steps the engine if none has.
+    def step(self, mailbox: dict[str, Live]) -> list[RequestOutput]:
+        """The results of this mailbox that have changed since it was last asked; steps the engine if none has.
 
         Whoever steps takes the events of all requests, and puts them into everybody's mailboxes. Requests that were
         added to the engine itself are not told here.
@@ -137,11 +133,12 @@ class OutputProcessor:
                 self._events.popleft()
             if not mailbox:
                 self._end_the_lost()
-            changed = list(mailbox)
+            changed = list(mailbox.values())
             mailbox.clear()
             for live in changed:
-                live.told = True
-        return changed
+                for text in live.texts:
+                    text.tell()
+        return [live.output for live in changed]
 
     def drop(self, name: str) -> None:
         """Forget a request; what is unfinished of it is aborted."""
@@ -155,20 +152,16 @@ class OutputProcessor:
             if name not in self.engine.requests and not live.output.finished:
                 for output in live.output.outputs:
                     output.finish_reason = output.finish_reason or "abort"
-                self._tell(live)
-
-    def _tell(self, live: Live) -> None:
-        if live.told:
-            live.told = False
-            live.mailbox.append(live)
+                live.mailbox[name] = live
 
     def _take(self, live: Live, request: Request, now: float) -> None:
         """Bring one completion level with what the engine knows of it: ids, times, text, and whether it is finished."""
         result, output = live.output, live.output.outputs[request.index]
-        self._tell(live)
+        live.mailbox[result.request_id] = live
         result.metrics.first_scheduled_time = request.first_scheduled_time
         result.num_cached_tokens = request.num_cached
-        self._take_prompt_logprobs(result, request)
+        if request.params.prompt_logprobs is not None and request.index == 0:  # nothing comes before the first token
+            result.prompt_logprobs = result.prompt_logprobs or [None, *map(self._spell, request.prompt_logprobs)]
         for token in request.tokens[request.num_prompt + len(output.token_ids) :]:
             output.token_ids.append(token)
             result.metrics.token_times[output.index].append(now)
@@ -190,17 +183,8 @@ class OutputProcessor:
         output.logprobs = output.logprobs or []
         output.logprobs.append(self._spell(told))
 
-    def _take_prompt_logprobs(self, result: RequestOutput, request: Request) -> None:
-        """Once the prompt is computed: None for its first token, which nothing comes before."""
-        if request.params.prompt_logprobs is not None and result.prompt_logprobs is None and request.index == 0:
-            result.prompt_logprobs = [None, *map(self._spell, request.prompt_logprobs)]
-
     def _spell(self, told: dict[int, Logprob]) -> dict[int, Logprob]:
-        """Candidates with their text, and their bytes: two tokens may look alike, and one may be half a character."""
+        """Candidates with their bytes, which make their text."""
         if self.tokenizer is None:
             return told
-        raw = {token: self.tokenizer.token_bytes(token) for token in told}
-        return {
-            token: replace(one, decoded_token=raw[token].decode("utf-8", "replace"), token_bytes=raw[token])
-            for token, one in told.items()
-        }
+        return {token: replace(one, token_bytes=self.tokenizer.token_bytes(token)) for token, one in told.items()}

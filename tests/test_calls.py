@@ -31,7 +31,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from minillm import sampling
-from minillm.config import KERNELS, POLICIES, EngineConfig
+from minillm.config import KERNELS, POLICIES, EngineConfig, Range
 from minillm.engine.engine import Engine
 from minillm.engine.request import Request
 from minillm.errors import MinillmError, RequestError
@@ -147,7 +147,7 @@ def ended(tokens: Iterable[int], params: SamplingParams) -> Completion:
         early = len(text) if len(said) <= params.min_tokens else early
         hits = [
             (place, stop)
-            for stop in params.stop_strings
+            for stop in params.stop or ()
             for place in range(len(text))
             if text.startswith(stop, place) and place + len(stop) > early
         ]
@@ -636,7 +636,7 @@ def test_where_a_stop_string_ends_a_text(stop: list[str], min_tokens: int, text:
 
 # --- Wrong versions that the calls must tell from the right one ---
 
-_push, _read, _add, _extend, _number = TextStream.push, LLM._read, OutputProcessor.add, Request.extend, sampling._scalar
+_push, _read, _add, _extend, _number = TextStream.push, LLM._read, OutputProcessor.add, Request.extend, sampling._number
 
 
 def _stops_before_min_tokens(self: TextStream, token: int) -> str | None:
@@ -648,7 +648,7 @@ def _finds_what_came_too_early(self: TextStream, token: int) -> str | None:
     """What was held back is searched again, though min_tokens had passed it over."""
     held, hit = self._held, _push(self, token)
     late = len(self.output.token_ids) > self.params.min_tokens
-    return next((stop for stop in self.params.stop_strings if hit is None and late and stop in held), hit)
+    return next((stop for stop in self.params.stop or () if hit is None and late and stop in held), hit)
 
 
 def _leaves_the_first_queued(self: LLM, prompts: Any, params: Any) -> Any:
@@ -677,8 +677,8 @@ def _names_its_own_end(self: Request, tokens: list[int], end_ids: tuple[int, ...
     return taken
 
 
-def _true_is_one(name: str, given: Any, kind: Any, low: float, high: float) -> Any:
-    return _number(name, int(given) if isinstance(given, bool) and kind is not bool else given, kind, low, high)
+def _true_is_one(name: str, given: Any, allowed: Range) -> Any:
+    return _number(name, int(given) if isinstance(given, bool) and allowed[0] is not bool else given, allowed)
 
 
 ANOTHER = r"seed \d+: AssertionError: completion \d of [\s\S]*, not\n"
@@ -689,7 +689,7 @@ MUTANTS: list[tuple[Any, str, Callable[..., Any], str, int]] = [
     (LLM, "_read", _leaves_the_first_queued, "a request is left", 40),
     (OutputProcessor, "add", _stop_tokens_of_all, ANOTHER, 80),
     (Request, "extend", _names_its_own_end, ANOTHER, 440),
-    (sampling, "_scalar", _true_is_one, "is wrong, but it was served", 80),
+    (sampling, "_number", _true_is_one, "is wrong, but it was served", 80),
 ]
 
 

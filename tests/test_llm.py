@@ -16,6 +16,7 @@ from minillm import LLM, SamplingParams
 from minillm.course.training.checkpoint import save_checkpoint
 from minillm.errors import ConfigError, RequestError
 from minillm.generate import generate, prefill
+from minillm.model.loader import load_model
 from minillm.model.tokenizer import Tokenizer
 from tests.model.test_loader import unpacked
 
@@ -265,6 +266,17 @@ def test_a_stop_string_can_stay_and_can_be_too_early(llm: LLM) -> None:
 def test_a_setting_that_does_not_exist_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"no setting 'max_num_sequences'.*max_num_seqs"):
         LLM("tiny", max_num_sequences=3)
+
+
+def test_the_bar_of_loading_can_be_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr("minillm.llm.load_tokenizer", lambda name: byte_tokenizer())
+    monkeypatch.setattr(
+        "minillm.llm.load_model", lambda *a, **how: (told.append(how["progress"]), load_model(*a, **how))[1]
+    )
+    for options in ({}, {"progress": False}):
+        LLM(folder, device="cpu", num_blocks=2, **options)  # type: ignore[arg-type]
+    assert told == [True, False]
 
 
 def test_a_trace_can_be_off(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

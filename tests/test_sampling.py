@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from minillm import sampling
 from minillm.errors import RequestError
-from minillm.sampling import SamplingParams, adjust, penalize_repetition, pick, probs_from_logits, sample
+from minillm.sampling import SamplingParams, adjust, probs_from_logits, sample
 
 VOCAB = 13
 
@@ -179,7 +179,7 @@ def test_token_zero_can_be_drawn() -> None:
 
 def test_repetition_penalty_moves_seen_tokens_down_once() -> None:
     logits = torch.tensor([2.0, -1.0, 0.5, 3.0])
-    penalized = penalize_repetition(logits, torch.tensor([0, 1, 1, 0, 0]), 2.0)
+    penalized = adjust(logits, SamplingParams(repetition_penalty=2.0), [0, 1], [1, 0, 0])
     assert penalized.tolist() == [1.0, -2.0, 0.5, 3.0]
     assert logits.tolist() == [2.0, -1.0, 0.5, 3.0]
 
@@ -188,8 +188,8 @@ def test_stop_tokens() -> None:
     assert SamplingParams().ends_with(2, [2, 3])
     assert not SamplingParams(ignore_eos=True).ends_with(2, [2, 3])
     assert SamplingParams(ignore_eos=True, stop_token_ids=[2]).ends_with(2, [2, 3])
-    assert SamplingParams(stop="a").stop_strings == ("a",)
-    assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
+    assert SamplingParams(stop="a").stop == ("a",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
 def by_definition(
@@ -344,7 +344,7 @@ def test_the_ends_of_float32(name: str, temperature: float) -> None:
         if fields.get("top_k") == 1:
             assert probs[0].tolist() == [float(i == logits.argmax()) for i in range(4)], "the most likely, in any heat"
         for u in (0.0, 0.3, 1 - 2**-53):
-            token = int(pick(probs, torch.tensor([u], dtype=torch.float64)))
+            token = int(sample(probs, torch.tensor([u], dtype=torch.float64)))
             assert probs[0, token] > 0
 
 
@@ -365,7 +365,7 @@ def test_the_largest_number_never_reaches_past_the_last_possible_token() -> None
     rng = torch.Generator().manual_seed(0)
     probs = torch.rand(2000, 9, generator=rng) * 10 ** (torch.rand(2000, 1, generator=rng) * 6 - 3)
     probs[:, 7:] = 0
-    assert pick(probs, torch.full((2000,), 1 - 2**-53, dtype=torch.float64)).unique().tolist() == [6]
+    assert sample(probs, torch.full((2000,), 1 - 2**-53, dtype=torch.float64)).unique().tolist() == [6]
 
 
 STRANGE: list[Any] = [
@@ -427,7 +427,7 @@ def test_a_list_that_changes_later_changes_nothing() -> None:
     stops = ["a"]
     params = SamplingParams(stop=stops)
     stops.append("")
-    assert params.stop_strings == ("a",)
+    assert params.stop == ("a",)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def test_text_ends_before_the_stop_string_that_completes_first(text: str, stops:
     stream = TextStream(output, TOKENIZER, SamplingParams(stop=stops))
     hit, shown = None, [""]
     for token in TOKENIZER.encode(text):
+        output.token_ids.append(token)
         hit = stream.push(token)
         shown.append(output.text)
         if hit is not None:
@@ -45,8 +46,8 @@ def test_text_ends_before_the_stop_string_that_completes_first(text: str, stops:
 def test_half_a_character_becomes_a_replacement_only_at_the_end() -> None:
     output = CompletionOutput(0)
     stream = TextStream(output, TOKENIZER, SamplingParams())
-    for token in TOKENIZER.encode("é")[:1]:
-        stream.push(token)
+    (token, _) = output.token_ids = TOKENIZER.encode("é")
+    stream.push(token)
     assert output.text == ""
     stream.close()
     assert output.text == "\ufffd"

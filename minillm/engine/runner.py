@@ -10,9 +10,8 @@ from minillm.attention import choose_backend
 from minillm.cache.paged import BlockTensors, PagedCache, block_bytes, choose_num_blocks
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch
-from minillm.errors import ConfigError
 from minillm.model.decoder import Decoder, inference
-from minillm.seams import offer
+from minillm.seams import need, offer
 
 
 class ModelRunner:
@@ -47,9 +46,7 @@ def open_cache(model: Decoder, config: EngineConfig) -> BlockTensors:
         num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
         backend = choose_backend(config.kernels, model.device)
         return PagedCache(model.config, backend, num_blocks=num_blocks, block_size=config.block_size, **where)
-    extra = offer("kv_format")
-    if extra is None:
-        raise ConfigError(f"kv_format={config.kv_format!r} needs minillm.quantization, which is not here. Use 'auto'.")
+    extra = need("kv_format", "kv_format", config.kv_format)
     per_block = extra.block_bytes(model.config, config.block_size, config.kv_format)
     num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
     sizes = {"num_blocks": num_blocks, "block_size": config.block_size, "kernels": config.kernels}

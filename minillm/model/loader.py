@@ -179,9 +179,7 @@ def load_model(
         raise ConfigError(f"kernels={kernels!r} is unknown. Choose one of {', '.join(map(repr, KERNELS))}.")
     source: Source
     if isinstance(name, str) and name.startswith("random:"):
-        extra = seams.offer("random_weights")
-        if extra is None:
-            raise ConfigError(f"{name!r} needs the extra minillm.shapes. Install it, or choose a model with weights.")
+        extra = seams.need("random_weights", "model", name)
         config, source = extra.draw(name.removeprefix("random:"), place, kind, seed)
     else:
         folder = checkpoint_folder(name)

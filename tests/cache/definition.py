@@ -5,11 +5,18 @@ No blocks, no sharing: what the model made is kept, and all of it is quantised a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
 from minillm.attention.reference import NEG_INF, visible
+from minillm.cache.contiguous import SequenceCache
+from minillm.generate import generate
+from minillm.model.decoder import Decoder
 from minillm.quantization.formats import Codec
+from minillm.sampling import SamplingParams
 
 
 def as_stored(codec: Codec, x: Tensor) -> Tensor:
@@ -43,3 +50,11 @@ class DefinitionCache:
 
     def truncate(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
+
+
+def generate_in(
+    cache: SequenceCache, model: Decoder, prompt: Sequence[int], params: SamplingParams, sample_index: int = 0
+) -> list[int]:
+    """The tokens of `minillm.generate.generate` with this cache, an empty one, in the place of a contiguous one."""
+    with patch("minillm.generate.ContiguousCache", lambda *_, **__: cache):
+        return list(generate(model, prompt, params, sample_index=sample_index))

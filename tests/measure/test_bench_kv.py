@@ -12,7 +12,7 @@ import torch
 from minillm.config import EngineConfig
 from minillm.engine.engine import Engine
 from minillm.errors import ConfigError
-from minillm.generate import decode, generate, prefill
+from minillm.generate import decode, prefill
 from minillm.measure.bench_kv import bench_kv, bench_quality
 from minillm.measure.kv_quality import (
     COMPARED,
@@ -30,7 +30,7 @@ from minillm.model.loader import load_model
 from minillm.model.tokenizer import Tokenizer, load_tokenizer
 from minillm.quantization.formats import FORMATS, Int4, PerToken8
 from minillm.sampling import SamplingParams
-from tests.cache.definition import DefinitionCache
+from tests.cache.definition import DefinitionCache, generate_in
 from tests.families import random_model
 
 
@@ -151,8 +151,8 @@ def test_a_rounded_cache_is_the_engines() -> None:
     model, prompt = random_model("qwen3", seed=3), list(range(40))
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     for name, codec in FORMATS.items():
-        rounded = list(generate(model, prompt, params, cache=one_sequence(model, codec, 1)))
-        by_definition = list(generate(model, prompt, params, cache=DefinitionCache(codec)))
+        rounded = generate_in(one_sequence(model, codec, 1), model, prompt, params)
+        by_definition = generate_in(DefinitionCache(codec), model, prompt, params)
         engine, got = Engine(model, EngineConfig(kv_format=name)), []
         engine.add(prompt, params)
         while engine.has_unfinished:

@@ -12,11 +12,10 @@ import torch
 
 from minillm.config import POLICIES
 from minillm.engine.engine import Engine
-from minillm.generate import generate
 from minillm.quantization.cache import QuantizedCache
 from minillm.quantization.formats import FORMATS
 from minillm.sampling import SamplingParams
-from tests.cache.definition import DefinitionCache
+from tests.cache.definition import DefinitionCache, generate_in
 from tests.engine import test_fuzz
 from tests.engine.test_fuzz import tiny_model
 from tests.engine.workloads import Completions, Workload, compare, play, random_workload
@@ -28,8 +27,7 @@ NUM_SEEDS = 6
 @cache
 def stream(prompt: tuple[int, ...], params: SamplingParams, index: int, kv_format: str) -> list[int]:
     """What a completion gets, by definition, if nothing ends it."""
-    empty = DefinitionCache(FORMATS[kv_format])
-    return list(generate(tiny_model(), prompt, params, sample_index=index, cache=empty))
+    return generate_in(DefinitionCache(FORMATS[kv_format]), tiny_model(), prompt, params, index)
 
 
 def alone_all(workload: Workload) -> Completions:

@@ -10,7 +10,7 @@ import torch
 from minillm.config import EngineConfig
 from minillm.engine.request import Request
 from minillm.generate import generate, prefill
-from minillm.sampling import SamplingParams, penalize_repetition, probs_from_logits
+from minillm.sampling import SamplingParams, adjust, probs_from_logits
 from minillm.speculative.draft import DraftModelProposer, Twin
 from tests.engine.test_fuzz import tiny_model
 from tests.engine.workloads import VOCAB
@@ -112,7 +112,7 @@ def test_probs_are_what_the_drafts_were_drawn_from() -> None:
     for place, token in enumerate(draft.tokens):
         before = one.tokens + draft.tokens[:place]
         logits, _ = prefill(tiny_model(), before)
-        (want,) = probs_from_logits(penalize_repetition(logits, torch.tensor(before), 1.3)[None], [params])
+        (want,) = probs_from_logits(adjust(logits, params, before, [])[None], [params])
         torch.testing.assert_close(draft.probs[place], want, rtol=1e-4, atol=1e-5)
         assert draft.probs[place, token] > 0
 

@@ -14,9 +14,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from minillm.cache.contiguous import ContiguousCache
 from minillm.course.errors import LearnerError
 from minillm.course.use.beside import Beside, known, tolerance_of
-from minillm.generate import decode, extend, generate, new_cache, prefill
+from minillm.generate import decode, extend, generate, prefill
 from minillm.model.decoder import Decoder
 from minillm.sampling import SamplingParams
 
@@ -61,7 +62,8 @@ def _expected(llm: LLM) -> list[int]:
 def rehearse_loop(module: Any, llm: LLM) -> None:
     """The learner's loop around the engine's model and a contiguous cache."""
     model = llm.engine.model
-    cache = new_cache(model, len(PROMPT))
+    room = len(PROMPT) + NEW_TOKENS
+    cache = ContiguousCache(model.config, capacity=room, device=model.device, dtype=model.dtype, kernels=model.kernels)
 
     def step(tokens: list[int]) -> Tensor:
         return extend(model, torch.tensor(tokens, device=model.device), cache)

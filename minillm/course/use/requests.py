@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from minillm.course.use.beside import Beside, known
 from minillm.engine.scheduler import StepPlan
-from minillm.outputs import RequestMetrics
+from minillm.outputs import RequestMetrics, RequestOutput
 
 if TYPE_CHECKING:
     from minillm.llm import LLM
@@ -36,7 +36,14 @@ def put_metrics(module: Any, llm: LLM) -> None:
         def itl(self) -> list[float]:
             return list(itl(self.token_times))
 
-    llm.processor.new_metrics = LearnerMetrics
+    add = llm.processor.add
+
+    def add_with_metrics(*request: Any) -> RequestOutput:
+        result = add(*request)
+        result.metrics = LearnerMetrics(**vars(result.metrics))
+        return result
+
+    setattr(llm.processor, "add", add_with_metrics)  # noqa: B010 (a method of this one object)
 
 
 def put_schedule(module: Any, llm: LLM) -> str | None:

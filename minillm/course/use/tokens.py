@@ -14,7 +14,7 @@ from minillm.course.use.beside import Beside, known
 from minillm.engine.request import Request
 from minillm.engine.verify import Draft, given_draft, num_accepted
 from minillm.errors import shown
-from minillm.sampling import SamplingParams, pick, probs_from_logits
+from minillm.sampling import SamplingParams, probs_from_logits, sample
 from minillm.speculative.ngram import NgramProposer
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def put_sample(module: Any, llm: LLM) -> None:
     """The learner's `sample` gets the random numbers that the engine's would get."""
 
     def ours(probs: Tensor, u: float) -> int:
-        return int(pick(probs[None], torch.tensor([u], dtype=torch.float64, device=probs.device)))
+        return int(sample(probs[None], torch.tensor([u], dtype=torch.float64, device=probs.device)))
 
     beside = Beside("ex04 sample", module.sample, ours)
 
