@@ -28,7 +28,7 @@ def check_number(name: str, value: Any, allowed: Range, error: type[MinillmError
     """Raise `error` for what is no number of this range. An int may stand for a float, nothing else for another."""
     kind, low, high = allowed
     right = isinstance(value, (int, kind)) and isinstance(value, bool) == (kind is bool) and bool(low <= value <= high)
-    span = f" from {low:.6g} to {high:.6g}" if high < math.inf else ""
+    span = f" of at least {low}" if high == INT64 else f" from {low:.6g} to {high:.6g}" if high < math.inf else ""
     what = {bool: "True or False", int: f"an integer{span}", float: f"a number{span}"}[kind]
     require(right, name, value, what, error)
 
