@@ -117,8 +117,7 @@ class OutputProcessor:
         live = Live(result, texts, mailbox)
         with self._lock:
             self._live[name] = live
-            arrival, salt = metrics.arrival_time, prompt.cache_salt
-            self.engine.add(result.prompt_token_ids, params, request_id=name, cache_salt=salt, arrival_time=arrival)
+            self.engine.add(result.prompt_token_ids, params, request_id=name, cache_salt=prompt.cache_salt)
         return live
 
     def step(self, mailbox: list[Live]) -> list[Live]:
