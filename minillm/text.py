@@ -113,8 +113,7 @@ class OutputProcessor:
         texts = [TextStream(output, self.tokenizer, params) for output in outputs] if self.tokenizer else []
         with self._lock:
             self._live[name] = Live(result, texts, mailbox)
-            arrival, salt = metrics.arrival_time, prompt.cache_salt
-            self.engine.add(result.prompt_token_ids, params, request_id=name, cache_salt=salt, arrival_time=arrival)
+            self.engine.add(result.prompt_token_ids, params, request_id=name, cache_salt=prompt.cache_salt)
         return result
 
     def step(self, mailbox: dict[str, Live]) -> list[RequestOutput]:

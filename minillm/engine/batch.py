@@ -33,20 +33,16 @@ class Batch:
         positions: list[int] = []
         sampled: list[int] = []
         prompt_rows: list[int] = []
-        for part in plan.scheduled.values():
+        parts = plan.scheduled.values()
+        for part in parts:
             start = part.request.num_computed
             prompt_rows += [len(tokens) + position - start for position in part.prompt_rows]
             tokens += part.request.tokens[start : start + part.num_tokens] + part.draft.tokens
             positions += range(start, part.kv_len)
             sampled += [*range(len(tokens) - 1 - len(part.draft), len(tokens))] * len(part.samplers)
-        parts = plan.scheduled.values()
-        metadata = AttentionMetadata.build(
-            [part.request.table.blocks for part in parts],
-            [part.q_len for part in parts],
-            [part.kv_len for part in parts],
-            block_size=block_size,
-            device=device,
-        )
+        tables = [part.request.table.blocks for part in parts]
+        q_lens, kv_lens = [part.q_len for part in parts], [part.kv_len for part in parts]
+        metadata = AttentionMetadata.build(tables, q_lens, kv_lens, block_size=block_size, device=device)
         return cls(
             tokens=torch.tensor(tokens, device=device),
             positions=torch.tensor(positions, device=device),

@@ -9,7 +9,8 @@
 
 The engine knows token ids and no text. Whoever does (`minillm.text`) may end a completion early, for instance at a stop
 string, with `finish(request_id, index, "stop", stop_reason=...)`. Everything about a completion can be read from
-`event.request`: `logprobs`, `arrival_time`, `num_cached`, `num_preemptions`. All times are `time.perf_counter` seconds.
+`event.request`: `logprobs`, `num_cached`, `num_preemptions`, `first_scheduled_time`. All times are `time.perf_counter`
+seconds.
 
 Several engines live in one process without knowing of each other: nothing is global. One engine may be called from
 several threads: they take turns. Whatever ends a call (an error, Ctrl-C at any line), the engine is usable afterwards:
@@ -43,7 +44,6 @@ from minillm.sampling import SamplingParams
 P = ParamSpec("P")
 R = TypeVar("R")
 OWN = "#"  # what the ids begin with that the engine makes
-NO_DISTRIBUTION = "The model's logits or the sampling parameters left no distribution to draw from (NaN)."
 
 
 def exclusive(method: Callable[P, R]) -> Callable[P, R]:
@@ -96,9 +96,8 @@ class Engine:
         self.sampler = Sampler(self.config.seed, model.config.eos_token_ids)
         self.requests: dict[str, list[Request]] = {}  # the registry: unfinished completions by request
         self.trace = Trace(self.config.trace_bytes)
-        self._late: list[Request] = []  # finished in a step that was interrupted: the next one tells
         self._num_names = self._num_added = 0
-        self._ended: list[tuple[str, int]] = []  # completions that the next record tells of
+        self._ended: list[tuple[str, int]] = []  # from outside: the next record tells of them
         self._steps = count()
         self._lock = threading.RLock()
 
@@ -113,7 +112,6 @@ class Engine:
         *,
         request_id: str | None = None,
         cache_salt: str | None = None,
-        arrival_time: float | None = None,
         num_speculative_tokens: int | None = None,
     ) -> str:
         """Queue a request and return its id. Requests with different `cache_salt` never share KV.
@@ -126,21 +124,13 @@ class Engine:
         params = params or SamplingParams()
         self.check(prompt, params)
         name = self.new_id() if request_id is None else request_id
-        drafts = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
+        most = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
         with self._lock:
             self._check_names(name, cache_salt)
-            request = Request(
-                request_id=name,
-                order=(self._num_added, 0),
-                tokens=list(prompt),
-                num_prompt=len(prompt),
-                params=params,
-                arrival_time=time.perf_counter() if arrival_time is None else arrival_time,
-                cache_salt=cache_salt,
-                max_drafts=drafts,
-                num_drafts=drafts,
+            order = (self._num_added, 0)
+            self._queue(
+                Request(name, order, list(prompt), len(prompt), params, cache_salt, max_drafts=most, num_drafts=most)
             )
-            self._queue(request)
         return name
 
     def new_id(self) -> str:
@@ -205,10 +195,8 @@ class Engine:
         If the step fails or is interrupted, its requests go back to the queue and the error goes on to the caller: the
         next call starts them over.
         """
-        late = [request for request in self._late if request in self.requests.get(request.request_id, [])]
-        self._late = []
-        if late or not self.requests:
-            return [self._event(request, [], time.perf_counter()) for request in late]
+        if not self.requests:
+            return []
         start = time.perf_counter()
         plan = self.scheduler.schedule()
         scheduled = proposed = time.perf_counter()
@@ -233,27 +221,19 @@ class Engine:
             commit_time=time.perf_counter() - ran,
         )
         self._check_invariants()
+        for event in events:
+            if event.finish_reason:
+                self._forget(event.request)
         return events
 
     def _commit(self, plan: StepPlan, tokens: list[list[int]], start: float, ran: float) -> list[TokenEvent]:
-        """Hand the drawn tokens to their requests and tell who got one, or failed."""
-        for request, said in zip(plan.samplers, tokens, strict=True):
+        """Hand the drawn tokens to their requests and tell who got some, or failed."""
+        for request in [*plan.scheduled, *plan.samplers]:
             request.first_scheduled_time = request.first_scheduled_time or start
-            if said[-1] < 0 and not request.finished:
-                request.finish_reason, request.error = "error", NO_DISTRIBUTION
             if request not in plan.scheduled and request.request_id in self.requests:
                 self.requests[request.request_id].append(request)  # it was spawned in this step
-        for request in plan.scheduled:
-            request.first_scheduled_time = request.first_scheduled_time or start
-        taken = dict(self.scheduler.commit(plan, tokens))
-        failed = [request for request in plan.samplers if request.finish_reason == "error"]
-        return [self._event(request, taken.get(request, []), ran) for request in [*taken, *failed]]
-
-    def _event(self, request: Request, tokens: list[int], now: float) -> TokenEvent:
-        """Tell what a request got; one that is finished is let go of."""
-        if request.finished:
-            self._forget(request)
-        return TokenEvent(request, tokens, now, request.finish_reason)
+        taken = self.scheduler.commit(plan, tokens)
+        return [TokenEvent(request, said, ran, request.finish_reason) for request, said in taken]
 
     @exclusive
     def finish(
@@ -263,8 +243,7 @@ class Engine:
 
         A completion that has ended already is left as it is.
         """
-        chosen = [r for r in self.requests.get(request_id, []) if r.index == index and not r.finished]
-        self._end(chosen, reason, stop_reason)
+        self._end([r for r in self.requests.get(request_id, []) if r.index == index], reason, stop_reason)
 
     @exclusive
     def abort(self, request_id: str) -> None:
@@ -272,22 +251,16 @@ class Engine:
         self._end(list(self.requests.get(request_id, [])), "abort")
 
     def _end(self, requests: list[Request], reason: FinishReason, stop_reason: str | None = None) -> None:
-        """Let go of completions. The registry first: should the scheduler fail, all is made anew without them.
-
-        One may have ended already, in a step that failed before it could tell.
-        """
-        ended = [request for request in requests if not request.finished]
+        """Let go of completions. The registry first: should the scheduler fail, all is made anew without them."""
         for request in requests:
             self._forget(request)
-        for request in ended:
+            self._ended.append((request.request_id, request.index))
             request.finish_reason, request.stop_reason = reason, stop_reason
-        for request in ended:
+        for request in requests:
             self.scheduler.finish(request)
 
     def _forget(self, request: Request) -> None:
-        """Take a request that has ended out of the registry."""
-        if self.config.trace_bytes:
-            self._ended.append((request.request_id, request.index))
+        """Take a completion that has ended out of the registry."""
         if self.proposer:
             self.proposer.forget(request)
         completions = self.requests[request.request_id]
@@ -298,16 +271,16 @@ class Engine:
     def _start_over(self) -> None:
         """Make everything anew from the registry: what was being changed when the error came cannot be trusted.
 
-        Requests keep their tokens. Completions that were spawned in the step go: the first will spawn them again.
-        What the prefix cache knew is lost.
+        Requests keep their tokens, but for one that would end them: nobody has been told. Completions that were spawned
+        in the step go: the first will spawn them again. What the prefix cache knew is lost.
         """
         self.requests = {name: completions for name, completions in self.requests.items() if completions}
         for completions in self.requests.values():
+            for request in completions:
+                request.reopen(self.scheduler.end_ids)
             if completions[0].num_forks:
                 del completions[1:]
-        left = sorted((r for completions in self.requests.values() for r in completions), key=lambda r: r.order)
-        self._late = [request for request in left if request.finished]
-        self.scheduler.reset(request for request in left if not request.finished)
+        self.scheduler.reset(request for completions in self.requests.values() for request in completions)
         if self.proposer:
             self.proposer.reset()
 
@@ -317,22 +290,21 @@ class Engine:
 
     def _record(self, plan: StepPlan, parts: tuple[RequestStep, ...], **times: float) -> None:
         """Write down the step. `times`: the fields of `StepRecord` that are times."""
+        ended = [*self._ended, *((r.request_id, r.index) for r in plan.samplers if r.finished)]
+        self._ended.clear()
         if not self.config.trace_bytes:
             return
-        spawned_in_vain = [(r.request_id, r.index) for r in plan.samplers if r.finished]  # its request was aborted
-        ended, self._ended = dict.fromkeys([*self._ended, *spawned_in_vain]), []
         self.trace.append(
             StepRecord(
                 step=next(self._steps),
                 requests=parts,
                 admitted=tuple(request.request_id for request in plan.admitted),
                 preempted=tuple(request.request_id for request in plan.preempted),
-                finished=tuple(ended),
+                finished=tuple(dict.fromkeys(ended)),  # an abort while the step runs is both
                 num_copies=len(plan.copies),
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),
                 num_free_blocks=self.pool.num_free,
-                num_cached_blocks=self.pool.num_cached,
                 **times,
             )
         )

@@ -8,6 +8,8 @@ from minillm.cache.blocks import BlockTable, Prefix
 from minillm.outputs import FinishReason, Logprob
 from minillm.sampling import SamplingParams
 
+NO_DISTRIBUTION = "The model's logits or the sampling parameters left no distribution to draw from (NaN)."
+
 
 @dataclass(eq=False)
 class Request:
@@ -25,7 +27,6 @@ class Request:
     tokens: list[int]  # the prompt, then what was generated; the last one is never computed before it is sampled from
     num_prompt: int
     params: SamplingParams
-    arrival_time: float
     cache_salt: str | None = None  # requests with different salts never share KV
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens that the prefix cache saved when the request first ran
@@ -78,17 +79,33 @@ class Request:
         return self.finish_reason is not None
 
     def extend(self, tokens: list[int], end_ids: tuple[int, ...]) -> list[int]:
-        """Take over the tokens of a step up to the one that ends the request, if any does; returns those taken."""
+        """Take over the tokens of a step up to the one that ends the request, if any does; returns those taken.
+
+        Takes none if the last is -1: there was no distribution to draw it from.
+        """
+        if tokens[-1] < 0:
+            self.finish_reason, self.error = "error", NO_DISTRIBUTION
+            return []
         for count, token in enumerate(tokens, 1):
             self.tokens.append(token)
-            if self.params.ends_with(token, end_ids):
-                self.finish_reason = "stop"
-                self.stop_reason = None if token in end_ids and not self.params.ignore_eos else token
-            elif self.num_generated >= self.params.max_tokens:
-                self.finish_reason = "length"
+            self.finish_reason = self._reason_to_end(end_ids)
+            if self.finish_reason == "stop" and (token not in end_ids or self.params.ignore_eos):
+                self.stop_reason = token
             if self.finished:
                 return tokens[:count]
         return tokens
+
+    def _reason_to_end(self, end_ids: tuple[int, ...]) -> FinishReason | None:
+        """What the last of the generated tokens says: nothing comes after it, or something does."""
+        if self.params.ends_with(self.tokens[-1], end_ids):
+            return "stop"
+        return "length" if self.num_generated >= self.params.max_tokens else None
+
+    def reopen(self, end_ids: tuple[int, ...]) -> None:
+        """Take back an end that nobody was told of, with the token that brought it: it will be drawn again."""
+        if self.num_generated and self._reason_to_end(end_ids):
+            self.tokens.pop()
+        self.finish_reason = self.stop_reason = self.error = None
 
     def adapt_drafts(self, num_proposed: int, num_accepted: int) -> None:
         """Guess as far as the last guess was right, and one token further; twice as far if all of it was right.
@@ -101,18 +118,17 @@ class Request:
 
     def spawn(self) -> list[Request]:
         """The other completions of the request, as they begin: same tokens, no blocks yet."""
-        arrival, index = self.order
         return [
             replace(
                 self,
-                order=(arrival, index + 1 + fork),
+                order=(self.order[0], index),
                 tokens=list(self.tokens),
                 table=BlockTable(),
                 hits=[],
                 logprobs=[],
                 prompt_logprobs=[],
             )
-            for fork in range(self.num_forks)
+            for index in range(1, 1 + self.num_forks)
         ]
 
     def start_over(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -40,15 +41,13 @@ def open_cache(model: Decoder, config: EngineConfig) -> BlockTensors:
 
     Raises `ConfigError` for a format that nobody offers.
     """
-    where: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     if config.kv_format == "auto":
         per_block = block_bytes(model.config, config.block_size, model.dtype)
-        num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
         backend = choose_backend(config.kernels, model.device)
-        return PagedCache(model.config, backend, num_blocks=num_blocks, block_size=config.block_size, **where)
-    extra = need("kv_format", "kv_format", config.kv_format)
-    per_block = extra.block_bytes(model.config, config.block_size, config.kv_format)
+        make: Callable[..., BlockTensors] = partial(PagedCache, model.config, backend)
+    else:
+        extra = need("kv_format", "kv_format", config.kv_format)
+        per_block = extra.block_bytes(model.config, config.block_size, config.kv_format)
+        make = partial(extra.open_cache, model.config, config.kv_format, kernels=config.kernels)
     num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
-    sizes = {"num_blocks": num_blocks, "block_size": config.block_size, "kernels": config.kernels}
-    cache: BlockTensors = extra.open_cache(model.config, config.kv_format, **sizes, **where)
-    return cache
+    return make(num_blocks=num_blocks, block_size=config.block_size, device=model.device, dtype=model.dtype)

@@ -252,7 +252,7 @@ class Scheduler:
         name, and is overwritten.
         """
         taken = request.extend(said, self.end_ids)
-        self._computed(request, len(taken) - 1)
+        self._computed(request, max(0, len(taken) - 1))
         if part and part.draft and self.config.adaptive_drafts:
             request.adapt_drafts(len(part.draft), len(said) - 1)
         return taken

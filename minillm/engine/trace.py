@@ -44,7 +44,7 @@ class RequestStep:
         return "verify" if self.num_drafts else "decode"
 
     @classmethod
-    def of(cls, part: Scheduled, num_accepted: int = 0) -> RequestStep:
+    def of(cls, part: Scheduled, num_accepted: int) -> RequestStep:
         request = part.request
         again = min(request.num_written, request.num_computed + part.num_tokens) - request.num_computed
         return cls(
@@ -81,7 +81,6 @@ class StepRecord:
     num_running: int
     num_waiting: int
     num_free_blocks: int
-    num_cached_blocks: int
 
     @property
     def num_tokens(self) -> int:
@@ -92,12 +91,6 @@ class StepRecord:
     def shape(self) -> list[tuple[int, int]]:
         """(q_len, kv_len) of each request: what `minillm.costs` puts a price on."""
         return [(part.num_scheduled, part.kv_len) for part in self.requests]
-
-    @property
-    def overhead(self) -> float:
-        """Share of the step that was no model, neither the target nor a draft: scheduling, packing and committing."""
-        busy = self.schedule_time + self.pack_time + self.commit_time
-        return busy / (busy + self.propose_time + self.run_time)
 
     @property
     def num_bytes(self) -> int:

@@ -17,14 +17,17 @@ cases need no code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import islice
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from minillm.engine.request import Request
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,12 @@ class Proposer(Protocol):
         ...
 
 
+def by_request(rows: Iterable[T], drafts: Sequence[Draft]) -> list[list[T]]:
+    """The rows of each request, which lie one after the other: one for each of its drafts and one more."""
+    rest = iter(rows)
+    return [list(islice(rest, 1 + len(draft))) for draft in drafts]
+
+
 def num_accepted(drafts: Sequence[int], drawn: Sequence[int]) -> int:
     """How many drafts stand before the first that differs from what was drawn in its place."""
     pairs = enumerate(zip(drafts, drawn, strict=False))
@@ -86,17 +95,16 @@ def given_draft(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
 
 def given_drafts(target: Tensor, drafts: Sequence[Draft], given: Callable[..., Tensor]) -> Tensor:
     """`target` [rows, vocab] with each row that has a drawn draft replaced by `given(target, proposal, drafts)`."""
-    rows, tokens, start = list[int](), list[int](), 0
-    for draft in drafts:
+    rows, tokens, proposals = list[int](), list[int](), list[Tensor]()
+    for draft, places in zip(drafts, by_request(range(len(target)), drafts), strict=True):
         if draft.probs is not None:
-            rows += range(start, start + len(draft))
+            rows += places[:-1]
             tokens += draft.tokens
-        start += 1 + len(draft)
+            proposals.append(draft.probs)
     if not rows:
         return target
     where, guesses = torch.tensor([rows, tokens], device=target.device)
-    proposal = torch.cat([draft.probs for draft in drafts if draft.probs is not None])
-    return target.index_copy(0, where, given(target[where], proposal, guesses))
+    return target.index_copy(0, where, given(target[where], torch.cat(proposals), guesses))
 
 
 def accept(drafts: Sequence[Draft], drawn: list[int], accepted: Callable[..., int] = num_accepted) -> list[list[int]]:
@@ -104,9 +112,5 @@ def accept(drafts: Sequence[Draft], drawn: list[int], accepted: Callable[..., in
 
     Rows after a rejected draft were drawn in vain.
     """
-    tokens, start = [], 0
-    for draft in drafts:
-        said = drawn[start : start + 1 + len(draft)]
-        tokens.append(said[: 1 + accepted(draft.tokens, said)])
-        start += 1 + len(draft)
-    return tokens
+    pairs = zip(drafts, by_request(drawn, drafts), strict=True)
+    return [said[: 1 + accepted(draft.tokens, said)] for draft, said in pairs]

@@ -119,9 +119,9 @@ class Client:
 
     def _send(self, served: Served) -> None:
         prompt, params = served.request.prompt, served.request.params
-        served.metrics.arrival_time = arrival = max(served.due, self.slots[0])
+        served.metrics.arrival_time = max(served.due, self.slots[0])
         try:
-            request_id = self.engine.add(prompt, params, cache_salt=self.cache_salt, arrival_time=arrival)
+            request_id = self.engine.add(prompt, params, cache_salt=self.cache_salt)
         except RequestError as error:
             served.error = str(error)
         else:

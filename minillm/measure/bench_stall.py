@@ -181,7 +181,7 @@ def arrive(
     for times in tokens.values():
         del times[:-before]
     arrival = time.perf_counter()
-    new = engine.add(newcomer, params, cache_salt=cache_salt, arrival_time=arrival)
+    new = engine.add(newcomer, params, cache_salt=cache_salt)
     step_until([new], 1 + TAIL_STEPS)
     for request_id in [*ids, new]:
         engine.abort(request_id)

@@ -36,8 +36,8 @@ class Twin(Request):
     @classmethod
     def of(cls, request: Request) -> Twin:
         """A twin that has not been given any token yet."""
-        return cls(request.request_id, request.order, [], request.num_prompt, request.params, request.arrival_time,
-                   request.cache_salt)  # fmt: skip
+        name, order, num_prompt = request.request_id, request.order, request.num_prompt
+        return cls(name, order, [], num_prompt, request.params, request.cache_salt)
 
     @property
     def index(self) -> int:

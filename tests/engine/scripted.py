@@ -14,7 +14,7 @@ import torch
 from minillm.config import EngineConfig, ModelConfig
 from minillm.engine.batch import Batch
 from minillm.engine.engine import Engine
-from minillm.engine.sampler import Rules, rows_of
+from minillm.engine.sampler import rows_of
 from minillm.engine.scheduler import StepPlan
 from minillm.engine.verify import Proposer, accept
 from minillm.sampling import SamplingParams
@@ -57,8 +57,6 @@ class ScriptedRunner:
 
 class ScriptedSampler:
     """Stands in for `Sampler`."""
-
-    rules = Rules()
 
     def sample(self, plan: StepPlan, seen: list[tuple[int, ...]]) -> list[list[int]]:
         rows = zip(seen, rows_of(plan.samplers, plan.drafts), strict=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -148,7 +147,7 @@ def test_what_fails_while_requests_are_queued_leaves_nothing() -> None:
 def test_one_request_without_a_distribution_ends_alone() -> None:
     """NaN logits for one request: it ends with an error that says so, its neighbours get their tokens."""
     llm = make_llm()
-    process = llm.engine.sampler.rules.process
+    process = llm.engine.sampler.process
 
     def broken(logits: Any, params: list[SamplingParams]) -> Any:
         logits = logits.clone()
@@ -157,11 +156,11 @@ def test_one_request_without_a_distribution_ends_alone() -> None:
                 logits[row] = float("nan")
         return process(logits, params)
 
-    llm.engine.sampler.rules = replace(llm.engine.sampler.rules, process=broken)
+    llm.engine.sampler.process = broken
     outputs = llm.generate(PROMPTS, PARAMS, progress=False)
     assert [c.finish_reason for c in outputs[1].outputs] == ["error", "error"]
     assert all("distribution" in c.error and not c.token_ids for c in outputs[1].outputs)
     served = [[c.token_ids for c in output.outputs] for output in outputs]
     assert served[0] == right()[0] and served[2:] == right()[2:]
-    llm.engine.sampler.rules = replace(llm.engine.sampler.rules, process=process)
+    llm.engine.sampler.process = process
     check_untouched(llm)

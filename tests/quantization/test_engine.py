@@ -43,7 +43,8 @@ def check(workload: Workload) -> Counter[str]:
     compare(play(engine, workload), alone_all(workload), workload)
     seen = Counter(preempted=sum(len(record.preempted) for record in engine.trace))
     seen["copies"] = sum(record.num_copies for record in engine.trace)
-    seen["hits"] = sum(record.num_cached_blocks > 0 for record in engine.trace)
+    admitted = [part for record in engine.trace for part in record.requests if part.request_id in record.admitted]
+    seen["hits"] = sum(part.num_computed > 0 for part in admitted)
     return seen
 
 

@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
 
 
 def request(tokens: list[int], params: SamplingParams = GREEDY, number: int = 0) -> Request:
-    return Request(str(number), (number, 0), tokens, len(tokens), params, arrival_time=0.0)
+    return Request(str(number), (number, 0), tokens, len(tokens), params)
 
 
 def afresh(tokens: list[int], count: int) -> list[int]:

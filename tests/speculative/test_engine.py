@@ -341,7 +341,7 @@ def test_a_request_may_decline() -> None:
 
 
 def test_the_number_of_guesses_follows_what_was_accepted() -> None:
-    one = Request("0", (0, 0), [1], 1, SamplingParams(), arrival_time=0.0, max_drafts=8, num_drafts=8)
+    one = Request("0", (0, 0), [1], 1, SamplingParams(), max_drafts=8, num_drafts=8)
     seen = []
     for proposed, accepted in [(8, 3), (4, 0), (1, 0), (1, 1), (2, 2), (4, 4), (8, 8), (3, 3)]:
         one.adapt_drafts(proposed, accepted)

@@ -12,7 +12,7 @@ from minillm.speculative.ngram import NgramProposer, SuffixIndex, continuation
 
 
 def text(tokens: list[int]) -> Request:
-    return Request("0", (0, 0), tokens, len(tokens), SamplingParams(), arrival_time=0.0)
+    return Request("0", (0, 0), tokens, len(tokens), SamplingParams())
 
 
 def earlier_ends(tokens: list[int], length: int) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +22,6 @@ if TYPE_CHECKING:
 PROBABILITY = 1e-5  # tolerance
 
 
-def _put_rule(llm: LLM, **rule: Callable[..., Any]) -> None:
-    """Replace one of the rules between logits and tokens."""
-    sampler = llm.engine.sampler
-    sampler.rules = replace(sampler.rules, **rule)
-
-
 def put_process(module: Any, llm: LLM) -> None:
     """Temperature, top-k, top-p and min-p, one after the other, make the distribution of each row."""
 
@@ -45,7 +38,7 @@ def put_process(module: Any, llm: LLM) -> None:
     def process(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         return torch.stack([beside(row, p) for row, p in zip(logits, params, strict=True)])
 
-    _put_rule(llm, process=process)
+    llm.engine.sampler.process = process
 
 
 def put_sample(module: Any, llm: LLM) -> None:
@@ -61,7 +54,7 @@ def put_sample(module: Any, llm: LLM) -> None:
         tokens = [beside(row, number) for row, number in zip(probs, numbers, strict=True)]
         return torch.tensor(tokens, dtype=torch.int64, device=probs.device)
 
-    _put_rule(llm, draw=draw)
+    llm.engine.sampler.draw = draw
 
 
 class LearnerProposer:
@@ -108,7 +101,7 @@ def put_verify_greedy(module: Any, llm: LLM) -> None:
         return drawn[: 1 + num_accepted(drafts, drawn)]
 
     beside = Beside("ex13 verify_greedy", module.verify_greedy, ours)
-    _put_rule(llm, accepted=lambda drafts, drawn: len(beside(drafts, drawn)) - 1)
+    llm.engine.sampler.accepted = lambda drafts, drawn: len(beside(drafts, drawn)) - 1
 
 
 def put_residual(module: Any, llm: LLM) -> None:
@@ -128,4 +121,4 @@ def put_residual(module: Any, llm: LLM) -> None:
     def given(target: Tensor, proposal: Tensor, drafts: Tensor) -> Tensor:
         return torch.stack([beside(*row) for row in zip(target, proposal, drafts.tolist(), strict=True)])
 
-    _put_rule(llm, given=given)
+    llm.engine.sampler.given = given
