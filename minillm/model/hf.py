@@ -53,15 +53,15 @@ def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model of a folder by its config.json, with the end tokens of its generation_config.json as well."""
-    config = model_config(read_json(folder / "config.json"))
-    return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + generation_ends(folder))))
+    """The model of a folder by its config.json, with the end tokens of its generation_config.json as well.
 
-
-def generation_ends(folder: Path) -> tuple[int, ...]:
-    """End tokens of generation_config.json, if there is one: chat models end a turn with one that config.json lacks."""
-    path = folder / "generation_config.json"
-    return _token_ids(read_json(path), path.name) if os.path.lexists(path) else ()
+    Chat models end a turn with one that config.json lacks.
+    """
+    config, path = model_config(read_json(folder / "config.json")), folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return config
+    ends = config.eos_token_ids + _token_ids(read_json(path), path.name)
+    return replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
 
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -92,10 +92,10 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _family(hf: Mapping[str, Any]) -> str:
     """The family by `architectures`, or by `model_type` where a file has no architectures. Both must agree."""
-    names, kind = hf.get("architectures") or [], hf.get("model_type")
+    names, kind = hf.get("architectures"), hf.get("model_type")
     name = names[0] if isinstance(names, list) and names else names or FAMILIES.get(str(kind), "(none given)")
-    family = next((family for family, own in FAMILIES.items() if own == name), None)
-    if family is None:
+    family = str(name).removesuffix("ForCausalLM").lower()
+    if FAMILIES.get(family) != name:
         raise UnsupportedModelError(
             f"Architecture {name!s:.80} is not supported. Supported: {', '.join(FAMILIES.values())}. "
             "Choose a model of the Llama family (Llama 2/3, SmolLM2, TinyLlama, Mistral, Qwen2, Qwen2.5, Qwen3)."
