@@ -62,11 +62,6 @@ def mlp_parameters(config: ModelConfig) -> int:
     return 3 * config.hidden_size * config.intermediate_size
 
 
-def layer_parameters(config: ModelConfig) -> int:
-    """Weights of the matrices of one layer."""
-    return attention_parameters(config) + mlp_parameters(config)
-
-
 def head_parameters(config: ModelConfig) -> int:
     """Weights of the head: it multiplies, tied or not. Looking up an embedding multiplies nothing."""
     return config.vocab_size * config.hidden_size
@@ -74,7 +69,7 @@ def head_parameters(config: ModelConfig) -> int:
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that a step multiplies with: every layer's, and the head's."""
-    return config.num_layers * layer_parameters(config) + head_parameters(config)
+    return config.num_layers * (attention_parameters(config) + mlp_parameters(config)) + head_parameters(config)
 
 
 def weight_bytes(config: ModelConfig, element_bytes: int, tokens: int) -> int:

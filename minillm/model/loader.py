@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -217,10 +216,8 @@ def checkpoint_folder(name: str | Path) -> Path:
         return folder
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _download(name)
-    raise CheckpointError(
-        f"No model is called {text!r} and no folder has that path. Give an embedded model ({', '.join(embedded)}), a "
-        "folder with config.json and *.safetensors, a hub name such as Qwen/Qwen3-0.6B, or random:<shape>."
-    )
+    others = f"an embedded model ({', '.join(embedded)}), a hub name such as Qwen/Qwen3-0.6B, or random:<shape>"
+    raise CheckpointError(f"No model is called {text!r} and no folder has that path. Give a model's folder, {others}.")
 
 
 def _download(name: str) -> Path:
@@ -250,7 +247,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(files))]
 
 
-def _open_file(path: Path) -> Any:
+def _open_file(path: Path) -> safe_open:
     check_file(path, MAX_FILE)
     try:
         return safe_open(path, framework="pt")
@@ -273,14 +270,14 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """A dtype or its name; "auto" is bfloat16 where the device computes in it and float32 elsewhere."""
     dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_computes_bfloat16()
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     if dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}. Known: 'auto', {', '.join(map(repr, DTYPES))}.")
     return DTYPES[dtype]
 
 
-def cpu_computes_bfloat16() -> bool:
+def _cpu_computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16 or AMX). Elsewhere it is emulated and slow."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)  # bool() is False

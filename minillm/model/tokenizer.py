@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ from minillm.sampling import is_text
 Message = Mapping[str, Any]
 RenderChat = Callable[[Sequence[Message]], str]
 
+# GPT-2's alphabet: a byte that Latin-1 prints stands for itself, the others for the letters from U+0100 on.
+PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+OTHERS = [byte for byte in range(256) if byte not in PRINTED]
+LETTERS = {chr(byte): byte for byte in PRINTED} | {chr(0x100 + i): byte for i, byte in enumerate(OTHERS)}
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 MAX_TOKENIZER, MAX_TOKENS, MAX_GROWTH = 32 << 20, 1 << 19, 64  # bytes of tokenizer.json, entries, letters for a letter
 FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt") + (
@@ -131,24 +135,14 @@ def load_tokenizer(name: str | Path = "tiny") -> Tokenizer | None:
         read_config(folder)
     if folder.parent == EMBEDDED:  # no chat template and no options, so no `transformers`, whose import takes seconds
         return Tokenizer(Backend.from_file(str(folder / "tokenizer.json")))
-    return _load_with_transformers(folder)
-
-
-def _load_with_transformers(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     with _named_errors(f"{folder} has no tokenizer that transformers can load, such as tokenizer.json"):
         _check_files(folder)
         loaded: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        template = loaded.chat_template
-        names = {name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
-        backend, end = loaded.backend_tokenizer, loaded.eos_token_id
-    template = template.get("default") if isinstance(template, dict) else template
-    if not isinstance(template, str | None):
-        raise CheckpointError(f"{folder} has chat_template={template!r:.80} in its files; a text is needed.")
-    chat = seams.offer("chat_template")
-    render = chat.ChatTemplate(template, names).render if chat and template else None
-    return Tokenizer(backend, eos_token_id=end, chat=render)
+        extra = seams.offer("chat_template")
+        chat = extra.ChatTemplate.of(loaded) if extra else None
+        return Tokenizer(loaded.backend_tokenizer, eos_token_id=loaded.eos_token_id, chat=chat and chat.render)
 
 
 @contextmanager
@@ -210,13 +204,4 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 def _byte_level_bytes(token: str) -> bytes:
     """Letters of GPT-2's alphabet are bytes; a token with any other letter is text, as the library reads it."""
-    letters = _byte_letters()
-    return bytes(letters[letter] for letter in token) if letters.keys() >= set(token) else token.encode()
-
-
-@lru_cache(maxsize=1)
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet: a byte that Latin-1 prints stands for itself, the others for the letters from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return bytes(LETTERS[letter] for letter in token) if LETTERS.keys() >= set(token) else token.encode()

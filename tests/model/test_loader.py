@@ -256,9 +256,9 @@ def test_hostile_index_cannot_leave_the_folder(folder: Path, weight_map: object)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel is not supported\. Supported: Llama"),
+        ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel is not supported\. Choose a model of Llama"),
         ({"architectures": None, "model_type": None}, r"\(none given\) is not supported"),
-        ({"model_type": "qwen2"}, r"architectures=\['Qwen3ForCausalLM'\] and model_type='qwen2'"),
+        ({"model_type": "qwen2"}, r"the architecture Qwen3ForCausalLM and model_type='qwen2'"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'"),
         ({"attention_bias": True}, r"attention_bias"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config"),

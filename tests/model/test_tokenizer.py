@@ -342,7 +342,7 @@ def test_tokenizer_files_are_regular_and_of_a_size(tmp_path: Path, file: str, ki
         path.symlink_to("/dev/zero")
     else:
         path.write_bytes(b" " * (33 << 20))
-    with pytest.raises(CheckpointError, match=f"{file} (is no regular file|has \\d+ bytes)"):
+    with pytest.raises(CheckpointError, match=f"{file} (is missing or no regular file|has \\d+ bytes)"):
         load_tokenizer(tmp_path)
 
 
