@@ -147,7 +147,7 @@ def _rope(given: Mapping[str, Any], family: str) -> tuple[float, RopeScaling | N
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
         what = f"has rope type {kind!r:.80}, or one for each kind of layer"
-        raise UnsupportedModelError(f"{where} {what}. Supported: 'default' or 'llama3' for all layers.")
+        raise UnsupportedModelError(f"{where} {what}. Supported: 'default', 'llama3', one for all layers.")
     if kind == "default":
         return theta, None
     scaling = RopeScaling(**{field.name: _value(rope, field.name, family, where) for field in fields(RopeScaling)})

@@ -62,23 +62,22 @@ def _layer(config: ModelConfig, place: str) -> list[Piece]:
     qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
     hidden, inner = config.hidden_size, config.intermediate_size
     rows: dict[str, dict[str, tuple[int, ...]]] = {
-        "attention_norm.weight": {"input_layernorm": (hidden,)},
-        "mlp_norm.weight": {"post_attention_layernorm": (hidden,)},
+        "attention_norm.weight": {"input_layernorm.weight": (hidden,)},
+        "mlp_norm.weight": {"post_attention_layernorm.weight": (hidden,)},
     }
     if config.qkv_bias:
-        rows["attention.qkv.bias"] = {name: (size,) for name, size in qkv.items()}
+        rows["attention.qkv.bias"] = {f"{name}.bias": (size,) for name, size in qkv.items()}
     if config.qk_norm:
-        rows["attention.qk_norm.weight"] = {"self_attn.q_norm": (d,), "self_attn.k_norm": (d,)}
+        rows["attention.qk_norm.weight"] = {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
     rows |= {
-        "attention.qkv.weight": {name: (size, hidden) for name, size in qkv.items()},
-        "attention.out.weight": {"self_attn.o_proj": (hidden, q)},
-        "mlp.gate_up.weight": {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)},
-        "mlp.down.weight": {"mlp.down_proj": (hidden, inner)},
+        "attention.qkv.weight": {f"{name}.weight": (size, hidden) for name, size in qkv.items()},
+        "attention.out.weight": {"self_attn.o_proj.weight": (hidden, q)},
+        "mlp.gate_up.weight": {"mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden)},
+        "mlp.down.weight": {"mlp.down_proj.weight": (hidden, inner)},
     }
     pieces = []
     for ours, theirs in rows.items():
-        end = ours.rpartition(".")[2]  # weight or bias
-        sources = {f"model.{place}{name}.{end}": shape for name, shape in theirs.items()}
+        sources = {f"model.{place}{name}": shape for name, shape in theirs.items()}
         pieces.append(Piece(place + ours, sources, heads if "qk_norm" in ours else ()))
     return pieces
 
