@@ -6,8 +6,6 @@ the prompt, stretched rotary frequencies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 from minillm.config import ModelConfig
 from minillm.model.decoder import Decoder
 from minillm.model.hf import model_config
-from minillm.model.loader import Read, assemble
+from minillm.model.loader import assemble
 
 BASE: dict[str, Any] = {
     "vocab_size": 131,
@@ -62,18 +60,14 @@ class Drawn:
     dtype: torch.dtype
     generator: torch.Generator
 
-    @contextmanager
-    def open(self) -> Iterator[Read]:
-        def read(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-            spread = self.config.initializer_range
-            plain = torch.empty(shape, dtype=self.dtype)
-            return torch.ones(shape) if "norm" in name else plain.normal_(0, spread, generator=self.generator)
-
-        yield read
+    def __call__(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        spread = self.config.initializer_range
+        plain = torch.empty(shape, dtype=self.dtype)
+        return torch.ones(shape) if "norm" in name else plain.normal_(0, spread, generator=self.generator)
 
 
 def random_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Decoder:
     """A tiny decoder of one family with random weights, on the CPU."""
     config = model_config(FAMILIES[family] | changes)
-    source = Drawn(config, dtype, torch.Generator().manual_seed(seed))
-    return assemble(config, source, torch.device("cpu"), dtype)
+    read = Drawn(config, dtype, torch.Generator().manual_seed(seed))
+    return assemble(config, read, torch.device("cpu"), dtype)

@@ -84,7 +84,7 @@ def tokenizer() -> Tokenizer:
     backend = Backend(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
     backend.pre_tokenizer, backend.decoder = letters, decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<eos>", special=True)])
-    return Tokenizer(backend, eos_token_ids=(EOS,))
+    return Tokenizer(backend, eos_token_id=EOS)
 
 
 def encode(text: str) -> tuple[int, ...]:

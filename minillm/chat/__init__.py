@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import RequestError
+from minillm.errors import CheckpointError, RequestError
 
 Message = Mapping[str, Any]  # {"role": "user", "content": text or [{"type": "text", "text": text}, ...]}
 SECONDS = 1.0  # a template takes about a millisecond
@@ -46,6 +46,17 @@ class ChatTemplate:
     The process that renders (`minillm.chat.render`) starts at the first conversation and lives as long as this object,
     unless a conversation makes it too slow or too large: then it is ended, and the next one gets a fresh process.
     """
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> ChatTemplate | None:
+        """The default template of a tokenizer of transformers, which may call its special tokens by name; or None."""
+        template = tokenizer.chat_template
+        template = template.get("default") if isinstance(template, dict) else template
+        if not isinstance(template, str | None):
+            folder = tokenizer.name_or_path
+            raise CheckpointError(f"{folder} has chat_template={template!r:.80} in its files; a text is needed.")
+        names = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+        return cls(template, names) if template else None
 
     def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
         self._template, self._variables = template, dict(variables)

@@ -118,9 +118,8 @@ def chat(
     messages = [{"role": "system", "content": system}] if system else []
     tokenizer.apply_chat_template([*messages, {"role": "user", "content": "?"}])  # refuse before loading the weights
     use_threads(threads)
-    params = SamplingParams(
-        temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop_token_ids=tokenizer.eos_token_ids
-    )
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop_token_ids=end)
     llm = LLM(model, device=device, dtype=dtype, seed=seed, **settings)
     first = len(messages)  # of the dialogue; the instructions stay
     while question := _ask():
@@ -194,7 +193,8 @@ def _warm_up(llm: LLM, prompt: str) -> None:
     from minillm.sampling import SamplingParams
 
     if llm.tokenizer is not None and (tokens := llm.tokenizer.encode(prompt)):
-        other = [(token + 1) % llm.tokenizer.vocab_size for token in tokens]
+        size = len(llm.tokenizer.vocabulary)
+        other = [(token + 1) % size for token in tokens]
         llm.generate({"prompt_token_ids": other}, SamplingParams(max_tokens=4, ignore_eos=True), progress=False)
 
 

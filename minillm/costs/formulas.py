@@ -62,11 +62,6 @@ def mlp_parameters(config: ModelConfig) -> int:
     return 3 * config.hidden_size * config.intermediate_size
 
 
-def layer_parameters(config: ModelConfig) -> int:
-    """Weights of the matrices of one layer."""
-    return attention_parameters(config) + mlp_parameters(config)
-
-
 def head_parameters(config: ModelConfig) -> int:
     """Weights of the head: it multiplies, tied or not. Looking up an embedding multiplies nothing."""
     return config.vocab_size * config.hidden_size
@@ -74,21 +69,20 @@ def head_parameters(config: ModelConfig) -> int:
 
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that a step multiplies with: every layer's, and the head's."""
-    return config.num_layers * layer_parameters(config) + head_parameters(config)
+    return config.num_layers * (attention_parameters(config) + mlp_parameters(config)) + head_parameters(config)
 
 
-def weight_bytes(config: ModelConfig, element_bytes: int, tokens: int, *, head: bool = True) -> int:
+def weight_bytes(config: ModelConfig, element_bytes: int, tokens: int) -> int:
     """Bytes of weights that a step over `tokens` tokens reads: every matrix, bias and norm once, an embedding each.
 
-    The number of tokens hardly matters, and that is the whole point of batching. Steps that nobody samples from read
-    no `head`.
+    The number of tokens hardly matters, and that is the whole point of batching. (A step that nobody samples from, such
+    as the first chunk of a prompt, does not read the head.)
     """
     heads = config.num_heads + 2 * config.num_kv_heads
     biases = config.num_layers * heads * config.head_dim if config.qkv_bias else 0
     rows = config.num_heads + config.num_kv_heads if config.qk_norm else 0  # the decoder norms q and k head by head
     norms = config.num_layers * (2 * config.hidden_size + rows * config.head_dim) + config.hidden_size
-    matrices = config.num_layers * layer_parameters(config) + head * head_parameters(config)
-    elements = matrices + biases + tokens * config.hidden_size
+    elements = matmul_parameters(config) + biases + tokens * config.hidden_size
     return element_bytes * elements + max(NORM_BYTES, element_bytes) * norms
 
 
@@ -115,12 +109,11 @@ def keys_seen(q_len: int, kv_len: int, window: int | None = None) -> int:
 # FLOPs
 
 
-def step_flops(config: ModelConfig, step: Step, *, logit_rows: int | None = None) -> Flops:
+def step_flops(config: ModelConfig, step: Step) -> Flops:
     """FLOPs of a step: its weights times the new tokens, and 4 · heads · head_dim for each visible pair and layer.
 
     Scores take 2 · head_dim per pair and head, weighing the values takes as much again. Grouped queries change
-    nothing: each query head has scores of its own. The head multiplies `logit_rows` rows, by default the last one of
-    each sequence.
+    nothing: each query head has scores of its own. The head multiplies the last row of each sequence.
     """
     tokens, layers = num_tokens(step), config.num_layers
     pairs = sum(visible_pairs(*sequence, config.sliding_window) for sequence in step)
@@ -128,7 +121,7 @@ def step_flops(config: ModelConfig, step: Step, *, logit_rows: int | None = None
         projections=2 * layers * tokens * attention_parameters(config),
         attention=4 * layers * config.num_heads * config.head_dim * pairs,
         mlp=2 * layers * tokens * mlp_parameters(config),
-        head=2 * (len(step) if logit_rows is None else logit_rows) * head_parameters(config),
+        head=2 * len(step) * head_parameters(config),
     )
 
 
@@ -143,23 +136,15 @@ def kv_bytes_per_token(config: ModelConfig, element_bytes: float) -> int:
     return round(2 * config.num_layers * config.num_kv_heads * config.head_dim * element_bytes)
 
 
-def step_bytes(
-    config: ModelConfig,
-    step: Step,
-    element_bytes: int,
-    *,
-    kv_element_bytes: float | None = None,
-    logit_rows: int | None = None,
-) -> Bytes:
+def step_bytes(config: ModelConfig, step: Step, element_bytes: int, *, kv_element_bytes: float | None = None) -> Bytes:
     """Bytes that a step must move: every weight once, every key that somebody sees once, every new key.
 
-    Sequences share weights, never KV. `kv_element_bytes` is for caches in another format than the model;
-    `logit_rows` as in `step_flops`.
+    Sequences share weights, never KV. `kv_element_bytes` is for caches in another format than the model.
     """
     per_token = kv_bytes_per_token(config, element_bytes if kv_element_bytes is None else kv_element_bytes)
     tokens = num_tokens(step)
     return Bytes(
-        weights=weight_bytes(config, element_bytes, tokens, head=logit_rows != 0),
+        weights=weight_bytes(config, element_bytes, tokens),
         kv_read=per_token * sum(keys_seen(*sequence, config.sliding_window) for sequence in step),
         kv_write=per_token * tokens,
     )

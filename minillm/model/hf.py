@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,14 +29,10 @@ MAX_TOKEN = 2**31
 
 def check_file(path: Path, most: int) -> None:
     """Raise CheckpointError for what is no regular file (a folder, a device, a pipe) or has more than `most` bytes."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or cannot be opened ({error}). Download it again.") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is no regular file. A model folder holds files, or links to files.")
-    if status.st_size > most:
-        raise CheckpointError(f"{path} has {status.st_size} bytes, at most {most} are read. Is it the right file?")
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is missing or no regular file (nor a link to one). Download it again.")
+    if (size := path.stat().st_size) > most:
+        raise CheckpointError(f"{path} has {size} bytes, at most {most} are read. Is it the right file?")
 
 
 def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
@@ -53,15 +48,15 @@ def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model of a folder by its config.json, with the end tokens of its generation_config.json as well."""
-    config = model_config(read_json(folder / "config.json"))
-    return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + generation_ends(folder))))
+    """The model of a folder by its config.json, with the end tokens of its generation_config.json as well.
 
-
-def generation_ends(folder: Path) -> tuple[int, ...]:
-    """End tokens of generation_config.json, if there is one: chat models end a turn with one that config.json lacks."""
-    path = folder / "generation_config.json"
-    return _token_ids(read_json(path), path.name) if os.path.lexists(path) else ()
+    Chat models end a turn with one that config.json lacks.
+    """
+    config, path = model_config(read_json(folder / "config.json")), folder / "generation_config.json"
+    if not os.path.lexists(path):
+        return config
+    ends = config.eos_token_ids + _token_ids(read_json(path), path.name)
+    return replace(config, eos_token_ids=tuple(dict.fromkeys(ends)))
 
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -92,18 +87,14 @@ def model_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _family(hf: Mapping[str, Any]) -> str:
     """The family by `architectures`, or by `model_type` where a file has no architectures. Both must agree."""
-    names, kind = hf.get("architectures") or [], hf.get("model_type")
+    names, kind = hf.get("architectures"), hf.get("model_type")
     name = names[0] if isinstance(names, list) and names else names or FAMILIES.get(str(kind), "(none given)")
-    family = next((family for family, own in FAMILIES.items() if own == name), None)
-    if family is None:
-        raise UnsupportedModelError(
-            f"Architecture {name!s:.80} is not supported. Supported: {', '.join(FAMILIES.values())}. "
-            "Choose a model of the Llama family (Llama 2/3, SmolLM2, TinyLlama, Mistral, Qwen2, Qwen2.5, Qwen3)."
-        )
+    family = str(name).removesuffix("ForCausalLM").lower()
+    if FAMILIES.get(family) != name:
+        known = f"{', '.join(FAMILIES.values())} (Llama 2/3, SmolLM2, TinyLlama, Mistral, Qwen2, Qwen2.5, Qwen3)"
+        raise UnsupportedModelError(f"Architecture {name!s:.80} is not supported. Choose a model of {known}.")
     if kind not in (None, family):
-        raise UnsupportedModelError(
-            f"config.json has architectures=[{name!r}] and model_type={kind!r:.80}, not {family!r}. Which model is it?"
-        )
+        raise UnsupportedModelError(f"config.json has the architecture {name} and model_type={kind!r:.80}. Which one?")
     return family
 
 
@@ -113,10 +104,8 @@ def _value(hf: Mapping[str, Any], name: str, family: str, where: str = "config.j
     default = row.get("default")
     value = hf.get(name, default.get(family) if isinstance(default, dict) else default)
     if "only" in row and value not in row["only"] and family in row.get("read_by", FAMILIES):
-        raise UnsupportedModelError(
-            f"{FAMILIES[family]} with {name}={value!r:.80} in {where} is not supported, only "
-            f"{' or '.join(map(repr, row['only']))}. Use a checkpoint without it."
-        )
+        only = " or ".join(map(repr, row["only"]))
+        raise UnsupportedModelError(f"{where} has {name}={value!r:.80}; supported is {only}. Choose another model.")
     if "kind" not in row or (value is None and row.get("null")):
         return value
     sane = isinstance(value, KINDS[row["kind"]]) and isinstance(value, bool) == (row["kind"] == "switch")
@@ -133,18 +122,18 @@ def _sliding_window(given: Mapping[str, Any], family: str) -> int | None:
     """
     if family == "llama":
         return None
-    qwen, layers = family != "mistral", given["num_hidden_layers"]
-    window: int | None = None if qwen and not given["use_sliding_window"] else given["sliding_window"]
-    full = layers if window is None else min(layers, given["max_window_layers"]) if qwen else 0
-    derived = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    layers, mistral = given["num_hidden_layers"], family == "mistral"
+    window: int | None = given["sliding_window"] if mistral or given["use_sliding_window"] else None
+    full = 0 if mistral else given["max_window_layers"]
+    derived = ["full_attention" if window is None or i < full else "sliding_attention" for i in range(layers)]
     kinds = given.get("layer_types") or derived
-    full_or_window = ([kind] * layers for kind in ("full_attention", "sliding_attention")[: 1 + (window is not None)])
-    if kinds not in full_or_window or (not qwen and kinds != derived):
-        raise UnsupportedModelError(
-            f"{FAMILIES[family]} is supported with full attention, or one window, in all {layers} layers. By "
-            "sliding_window, layer_types and max_window_layers in config.json, layers differ or lack a window."
-        )
-    return window if kinds[0] == "sliding_attention" else None
+    if kinds == derived or not mistral:
+        if kinds == ["full_attention"] * layers:
+            return None
+        if kinds == ["sliding_attention"] * layers and window is not None:
+            return window
+    what = "layers differ or lack a window. Choose a model with full attention, or one window, in all layers"
+    raise UnsupportedModelError(f"By sliding_window, layer_types and max_window_layers in config.json, {what}.")
 
 
 def _rope(given: Mapping[str, Any], family: str) -> tuple[float, RopeScaling | None]:
@@ -157,10 +146,8 @@ def _rope(given: Mapping[str, Any], family: str) -> tuple[float, RopeScaling | N
     theta, _ = (_value(rope, field, family, where) for field in ("rope_theta", "partial_rotary_factor"))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3") or any(isinstance(value, dict) for value in rope.values()):
-        raise UnsupportedModelError(
-            f"rope type {kind!r:.80} in {where} is not supported, nor are types by kind of layer. Supported: "
-            "'default', 'llama3', one for all layers."
-        )
+        what = f"has rope type {kind!r:.80}, or one for each kind of layer"
+        raise UnsupportedModelError(f"{where} {what}. Supported: 'default', 'llama3', one for all layers.")
     if kind == "default":
         return theta, None
     scaling = RopeScaling(**{field.name: _value(rope, field.name, family, where) for field in fields(RopeScaling)})

@@ -17,16 +17,11 @@ from torch import Tensor, nn
 class Linear(nn.Module):
     """y = x Wᵀ + b for x [rows, in_features] and W [out_features, in_features]."""
 
-    weight: Tensor
-    bias: Tensor | None
-    kernel: Callable[[Tensor], Tensor] | None  # computes `forward` in place of `F.linear`
-
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
-        self.kernel = None
+        self.weight: Tensor = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias: Tensor | None = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.kernel: Callable[[Tensor], Tensor] | None = None  # computes `forward` in place of `F.linear`
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) if self.kernel is None else self.kernel(x)

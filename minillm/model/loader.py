@@ -1,24 +1,18 @@
 """From a name to a model: the embedded ones, a folder, a hub name, or a random shape.
 
 What the files of a folder hold is compared with its config before anything is allocated. Then weights are read one
-layer at a time, fused (q, k, v side by side; gate and up side by side) and handed to this machine's kernels before the
-next layer is opened, so that the peak stays near the size of the weights themselves. `layout` says which tensors of a
-Hugging Face checkpoint make up which tensor of ours: loading and saving both follow it.
+tensor of ours at a time, fused (q, k, v side by side; gate and up side by side) and handed to this machine's kernels
+before the next is read, so that the peak stays near the size of the weights themselves. `layout` says which tensors of
+a Hugging Face checkpoint make up which tensor of ours: loading and saving both follow it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -40,27 +34,7 @@ HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_FILE = 1 << 40  # bytes
 MISMATCH = "Does config.json belong to these weights?"
-
-
-# Ours: theirs and their shapes, by the names in `layout`. "model." comes before theirs, "weight" or "bias" ends both.
-ENDS = {
-    "embedding.weight": {"embed_tokens": "vocab hidden"},
-    "norm.weight": {"norm": "hidden"},
-}
-LAYER = {  # a bias comes before its weight, so that a layer is complete when its weight is there
-    "attention_norm.weight": {"input_layernorm": "hidden"},
-    "mlp_norm.weight": {"post_attention_layernorm": "hidden"},
-    "attention.qkv.bias": {"self_attn.q_proj": "q", "self_attn.k_proj": "kv", "self_attn.v_proj": "kv"},
-    "attention.qkv.weight": {
-        "self_attn.q_proj": "q hidden",
-        "self_attn.k_proj": "kv hidden",
-        "self_attn.v_proj": "kv hidden",
-    },
-    "attention.qk_norm.weight": {"self_attn.q_norm": "head", "self_attn.k_norm": "head"},
-    "attention.out.weight": {"self_attn.o_proj": "hidden q"},
-    "mlp.gate_up.weight": {"mlp.gate_proj": "inner hidden", "mlp.up_proj": "inner hidden"},
-    "mlp.down.weight": {"mlp.down_proj": "hidden inner"},
-}
+Read = Callable[[str, tuple[int, ...]], Tensor]  # where tensors come from: their name and shape -> the tensor
 
 
 @dataclass(frozen=True)
@@ -72,41 +46,44 @@ class Piece:
     repeats: tuple[int, ...] = ()  # the norm of queries and keys: one row per head
 
 
-def layout(config: ModelConfig) -> list[list[Piece]]:
-    """The pieces of the whole model, grouped by what is loaded together: ends first, then one group per layer."""
+def layout(config: ModelConfig) -> list[Piece]:
+    """The pieces of the whole model, in the order in which they are loaded: the ends first, then layer by layer."""
+    table, hidden = (config.vocab_size, config.hidden_size), (config.hidden_size,)
+    ends = [Piece("embedding.weight", {EMBEDDING: table}), Piece("norm.weight", {"model.norm.weight": hidden})]
+    if not config.tie_word_embeddings:
+        ends.append(Piece("head.weight", {HEAD: table}))
+    return ends + [piece for index in range(config.num_layers) for piece in _layer(config, f"layers.{index}.")]
+
+
+def _layer(config: ModelConfig, place: str) -> list[Piece]:
+    """One layer. A bias comes before its weight, so that a linear layer is complete when its weight is there."""
     heads, d = (config.num_heads, config.num_kv_heads), config.head_dim
     q, kv = (count * d for count in heads)
+    qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
     hidden, inner = config.hidden_size, config.intermediate_size
-    sizes = dict(vocab=config.vocab_size, hidden=hidden, inner=inner, head=d, q=q, kv=kv)
-    absent = {"attention.qkv.bias": not config.qkv_bias, "attention.qk_norm.weight": not config.qk_norm}
-
-    def piece(name: str, theirs: dict[str, str], place: str) -> Piece:
-        shapes = {
-            f"model.{place}{source}.{name.rpartition('.')[2]}": tuple(sizes[size] for size in shape.split())
-            for source, shape in theirs.items()
-        }
-        return Piece(place + name, shapes, heads if "qk_norm" in name else ())
-
-    ends = [piece(*row, "") for row in ENDS.items()]
-    if not config.tie_word_embeddings:
-        ends.append(Piece("head.weight", {HEAD: (config.vocab_size, hidden)}))
-    rows = [row for row in LAYER.items() if not absent.get(row[0])]
-    return [ends] + [[piece(*row, f"layers.{index}.") for row in rows] for index in range(config.num_layers)]
-
-
-Read = Callable[[str, tuple[int, ...]], Tensor]
-
-
-class Source(Protocol):
-    """Where tensors come from: a checkpoint's files, or a random generator."""
-
-    def open(self) -> AbstractContextManager[Read]:
-        """Yield `read(name, shape) -> Tensor`. Leaving the block lets go of the files that were read."""
-        ...
+    rows: dict[str, dict[str, tuple[int, ...]]] = {
+        "attention_norm.weight": {"input_layernorm.weight": (hidden,)},
+        "mlp_norm.weight": {"post_attention_layernorm.weight": (hidden,)},
+    }
+    if config.qkv_bias:
+        rows["attention.qkv.bias"] = {f"{name}.bias": (size,) for name, size in qkv.items()}
+    if config.qk_norm:
+        rows["attention.qk_norm.weight"] = {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
+    rows |= {
+        "attention.qkv.weight": {f"{name}.weight": (size, hidden) for name, size in qkv.items()},
+        "attention.out.weight": {"self_attn.o_proj.weight": (hidden, q)},
+        "mlp.gate_up.weight": {"mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden)},
+        "mlp.down.weight": {"mlp.down_proj.weight": (hidden, inner)},
+    }
+    pieces = []
+    for ours, theirs in rows.items():
+        sources = {f"model.{place}{name}": shape for name, shape in theirs.items()}
+        pieces.append(Piece(place + ours, sources, heads if "qk_norm" in ours else ()))
+    return pieces
 
 
 class Checkpoint:
-    """The safetensors files of a folder, one or sharded, which hold exactly what a config asks for.
+    """Reads from the safetensors files of a folder, one or sharded, which hold exactly what a config asks for.
 
     Nothing is ever unpickled. Raises CheckpointError for a tensor that is missing, has another shape or dtype, or means
     that the model computes something else. Only headers are read for that.
@@ -116,19 +93,25 @@ class Checkpoint:
         self.stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}  # file, shape, dtype
         for path in _weight_files(folder):
             with _open_file(path) as file:
-                headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
-                if twice := sorted(headers.keys() & self.stored.keys()):
-                    raise CheckpointError(f"{twice[0]} is in {path} and in a file before it. Download both again.")
-                self.stored |= {n: (path, tuple(h.get_shape()), h.get_dtype()) for n, h in headers.items()}
-        wanted = {n: shape for group in layout(config) for piece in group for n, shape in piece.sources.items()}
+                for name in file.keys():  # noqa: SIM118 - no dictionary
+                    if name in self.stored:
+                        raise CheckpointError(f"{name} is in {path} and in a file before it. Download both again.")
+                    header = file.get_slice(name)
+                    self.stored[name] = path, tuple(header.get_shape()), header.get_dtype()
+        wanted = {name: shape for piece in layout(config) for name, shape in piece.sources.items()}
         for name, shape in wanted.items():
             self._check(name, shape, folder)
-        surplus = {name for name in self.stored if name not in wanted and not HARMLESS.fullmatch(name)}
-        if config.tie_word_embeddings and HEAD in surplus and self._equal(HEAD, EMBEDDING):
-            surplus.remove(HEAD)
+        surplus = sorted(name for name in self.stored.keys() - wanted if not HARMLESS.fullmatch(name))
+        if surplus == [HEAD] and config.tie_word_embeddings and self._head_is_embedding():
+            return
         if surplus:
             more = f"{len(surplus)} tensors that its config.json does not account for"
-            raise CheckpointError(f"{folder} has {more}, such as {min(surplus)!r:.80}. {MISMATCH}")
+            raise CheckpointError(f"{folder} has {more}, such as {surplus[0]!r:.80}. {MISMATCH}")
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A view of the file, which is opened for this tensor alone: what was copied from it can leave memory."""
+        with _open_file(self.stored[name][0]) as file:
+            return file.get_tensor(name)
 
     def _check(self, name: str, shape: tuple[int, ...], folder: Path) -> None:
         if name not in self.stored:
@@ -139,19 +122,10 @@ class Checkpoint:
         if dtype not in STORED:
             raise CheckpointError(f"{name} in {path} is {dtype}, not {', '.join(STORED)}: quantised.")
 
-    def _equal(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same numbers; a few rows at a time."""
-        (file, shape, _), (other_file, other_shape, _) = self.stored[one], self.stored[other]
-        with _open_file(file) as first, _open_file(other_file) as second:
-            pair = first.get_slice(one), second.get_slice(other)
-            blocks = ([table[row : row + 1024].double() for table in pair] for row in range(0, shape[0], 1024))
-            return shape == other_shape and all(torch.equal(*block) for block in blocks)
-
-    @contextmanager
-    def open(self) -> Iterator[Read]:
-        with ExitStack() as stack:
-            files = functools.cache(lambda path: stack.enter_context(_open_file(path)))
-            yield lambda name, shape: files(self.stored[name][0]).get_tensor(name)
+    def _head_is_embedding(self) -> bool:
+        """Whether the file of a tied model holds the same table twice, as some do."""
+        _, shape, dtype = self.stored[EMBEDDING]
+        return self.stored[HEAD][1:] == (shape, dtype) and torch.equal(self(HEAD, shape), self(EMBEDDING, shape))
 
 
 def load_model(
@@ -177,67 +151,54 @@ def load_model(
     kind = choose_dtype(dtype, place)
     if kernels not in KERNELS:
         raise ConfigError(f"kernels={kernels!r} is unknown. Choose one of {', '.join(map(repr, KERNELS))}.")
-    source: Source
     if isinstance(name, str) and name.startswith("random:"):
         extra = seams.need("random_weights", "model", name)
-        config, source = extra.draw(name.removeprefix("random:"), place, kind, seed)
+        config, read = extra.draw(name.removeprefix("random:"), place, kind, seed)
     else:
         folder = checkpoint_folder(name)
         config = read_config(folder)
-        source = Checkpoint(folder, config)
-    return assemble(config, source, place, kind, kernels=kernels, progress=progress)
+        read = Checkpoint(folder, config)
+    return assemble(config, read, place, kind, kernels=kernels, progress=progress)
 
 
 def assemble(
     config: ModelConfig,
-    source: Source,
+    read: Read,
     device: torch.device,
     dtype: torch.dtype,
     *,
     kernels: str = "auto",
     progress: bool = False,
 ) -> Decoder:
-    """Build a decoder from a source of tensors, group by group; see the module's docstring for why."""
+    """Build a decoder from tensors that `read` gives, piece by piece; see the module's docstring for why.
+
+    Linear layers are packed by an extra of this machine, where there is one.
+    """
     with torch.device("meta"):
         model = Decoder(config)
     model.kernels = kernels
-    offered = seams.offer("linear", device.type) if kernels == "auto" else None
-    pack: Callable[[Linear], None] = offered.pack if offered else lambda linear: None
+    extra = seams.offer("linear", device.type) if kernels == "auto" else None
+    pack: Callable[[Linear], None] = extra.pack if extra else lambda linear: None
     console = Console(stderr=True)  # stdout is for results
-    groups = track(layout(config), "Loading weights", transient=True, disable=not progress, console=console)
-    for group in groups:
-        with source.open() as read:
-            for piece in group:
-                _place(model, piece, read, device, dtype, pack)
-        _return_freed_memory()
+    for piece in track(layout(config), "Loading weights", transient=True, disable=not progress, console=console):
+        path, attribute = piece.ours.rsplit(".", 1)
+        module = model.get_submodule(path)
+        kind = torch.float32 if isinstance(module, RMSNorm) and dtype != torch.float64 else dtype
+        setattr(module, attribute, nn.Parameter(_fused(piece, read, device, kind), requires_grad=False))
+        if isinstance(module, Linear) and attribute == "weight":
+            pack(module)
     if config.tie_word_embeddings:
         model.head.weight = model.embedding.weight
         pack(model.head)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
-def _place(
-    model: Decoder, piece: Piece, read: Read, device: torch.device, dtype: torch.dtype, pack: Callable[[Linear], None]
-) -> None:
-    """Read the sources of one piece, fuse them, and put the result into its module, packed where that helps."""
-    path, attribute = piece.ours.rsplit(".", 1)
-    module = model.get_submodule(path)
-    kind = torch.float32 if isinstance(module, RMSNorm) and dtype != torch.float64 else dtype
-    parts = [read(name, shape).to(device, kind) for name, shape in piece.sources.items()]
+def _fused(piece: Piece, read: Read, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The sources of a piece as one tensor, copied out of their files."""
+    parts = [read(name, shape).to(device, dtype) for name, shape in piece.sources.items()]
     if piece.repeats:
         parts = [part.expand(rows, -1) for part, rows in zip(parts, piece.repeats, strict=True)]
-    fused = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
-    setattr(module, attribute, nn.Parameter(fused, requires_grad=False))
-    if isinstance(module, Linear) and attribute == "weight":
-        pack(module)
-
-
-def _return_freed_memory() -> None:
-    """Give what was freed back to the system. Between layers, because glibc keeps it otherwise: the unpacked weights
-    of many layers would pile up as holes between the packed ones (an eighth of the weights for Qwen3-0.6B)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a Linux without glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return torch.cat(parts)
 
 
 def checkpoint_folder(name: str | Path) -> Path:
@@ -252,10 +213,8 @@ def checkpoint_folder(name: str | Path) -> Path:
         return folder
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _download(name)
-    raise CheckpointError(
-        f"No model is called {text!r} and no folder has that path. Give an embedded model ({', '.join(embedded)}), a "
-        "folder with config.json and *.safetensors, a hub name such as Qwen/Qwen3-0.6B, or random:<shape>."
-    )
+    others = f"an embedded model ({', '.join(embedded)}), a hub name such as Qwen/Qwen3-0.6B, or random:<shape>"
+    raise CheckpointError(f"No model is called {text!r} and no folder has that path. Give a model's folder, {others}.")
 
 
 def _download(name: str) -> Path:
@@ -285,7 +244,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / file for file in sorted(set(files))]
 
 
-def _open_file(path: Path) -> Any:
+def _open_file(path: Path) -> safe_open:
     check_file(path, MAX_FILE)
     try:
         return safe_open(path, framework="pt")
@@ -308,14 +267,14 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """A dtype or its name; "auto" is bfloat16 where the device computes in it and float32 elsewhere."""
     dtype = str(dtype).removeprefix("torch.")
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_computes_bfloat16()
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     if dtype not in DTYPES:
         raise ConfigError(f"Unknown dtype {dtype!r}. Known: 'auto', {', '.join(map(repr, DTYPES))}.")
     return DTYPES[dtype]
 
 
-def cpu_computes_bfloat16() -> bool:
+def _cpu_computes_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16 or AMX). Elsewhere it is emulated and slow."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)  # bool() is False

@@ -38,8 +38,7 @@ def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_position_embeddings / wavelengths  # full turns within the original context
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0, 1)
+    blend = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
 
 

@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ from tokenizers import Tokenizer as Backend
 
 from minillm import seams
 from minillm.errors import CheckpointError, RequestError, shown
-from minillm.model.hf import MAX_JSON, check_file, generation_ends, read_config, read_json
+from minillm.model.hf import MAX_JSON, check_file, read_config, read_json
 from minillm.model.loader import EMBEDDED, checkpoint_folder
 from minillm.sampling import is_text
 
 Message = Mapping[str, Any]
 RenderChat = Callable[[Sequence[Message]], str]
 
+# GPT-2's alphabet: a byte that Latin-1 prints stands for itself, the others for the letters from U+0100 on.
+PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+OTHERS = [byte for byte in range(256) if byte not in PRINTED]
+LETTERS = {chr(byte): byte for byte in PRINTED} | {chr(0x100 + i): byte for i, byte in enumerate(OTHERS)}
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 MAX_TOKENIZER, MAX_TOKENS, MAX_GROWTH = 32 << 20, 1 << 19, 64  # bytes of tokenizer.json, entries, letters for a letter
 FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt") + (
@@ -40,19 +44,17 @@ FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 
 class Tokenizer:
-    """A tokenizer's vocabulary, its end-of-text ids and, where the model has one, its chat template."""
+    """A tokenizer's vocabulary and, where its files have them, its own end of text and its chat template.
 
-    def __init__(self, backend: Backend, *, eos_token_ids: Iterable[int] = (), chat: RenderChat | None = None) -> None:
+    Where a model ends is in its config; a tokenizer may have a further end, such as that of a turn.
+    """
+
+    def __init__(self, backend: Backend, *, eos_token_id: int | None = None, chat: RenderChat | None = None) -> None:
         self._backend = backend
         self._chat = chat
         self._added = backend.get_added_tokens_decoder()
         self._spell = _spelling(backend)
-        self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that exist; a model's own vocab_size may be padded beyond it."""
-        return int(self._backend.get_vocab_size())
+        self.eos_token_id = eos_token_id
 
     @property
     def vocabulary(self) -> dict[int, str]:
@@ -117,9 +119,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is left when the request ends: U+FFFD for an unfinished character. Ready for the next text."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(name: str | Path = "tiny") -> Tokenizer | None:
@@ -131,31 +131,18 @@ def load_tokenizer(name: str | Path = "tiny") -> Tokenizer | None:
     if isinstance(name, str) and name.startswith("random:"):
         return None
     folder = checkpoint_folder(name)
-    configured = os.path.lexists(folder / "config.json")
-    ends = read_config(folder).eos_token_ids if configured else generation_ends(folder)
+    if os.path.lexists(folder / "config.json"):
+        read_config(folder)
     if folder.parent == EMBEDDED:  # no chat template and no options, so no `transformers`, whose import takes seconds
-        return Tokenizer(Backend.from_file(str(folder / "tokenizer.json")), eos_token_ids=ends)
-    return _load_with_transformers(folder, ends)
-
-
-def _load_with_transformers(folder: Path, ends: tuple[int, ...]) -> Tokenizer:
+        return Tokenizer(Backend.from_file(str(folder / "tokenizer.json")))
     from transformers import AutoTokenizer
 
-    for path in (path for name in FILES for path in folder.glob(name)):
-        read_json(path) if path.suffix == ".json" else check_file(path, MAX_JSON)
-    if os.path.lexists(folder / "tokenizer.json"):
-        _check_tokenizer(folder / "tokenizer.json")
     with _named_errors(f"{folder} has no tokenizer that transformers can load, such as tokenizer.json"):
+        _check_files(folder)
         loaded: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        own, template = loaded.eos_token_id, loaded.chat_template
-        names = {name: text for name, text in loaded.special_tokens_map.items() if isinstance(text, str)}
-        backend = loaded.backend_tokenizer
-    template = template.get("default") if isinstance(template, dict) else template
-    if not isinstance(template, str | None):
-        raise CheckpointError(f"{folder} has chat_template={template!r:.80} in its files; a text is needed.")
-    chat = seams.offer("chat_template")
-    render = chat.ChatTemplate(template, names).render if chat and template else None
-    return Tokenizer(backend, eos_token_ids=ends if own is None else (own, *ends), chat=render)
+        extra = seams.offer("chat_template")
+        chat = extra.ChatTemplate.of(loaded) if extra else None
+        return Tokenizer(loaded.backend_tokenizer, eos_token_id=loaded.eos_token_id, chat=chat and chat.render)
 
 
 @contextmanager
@@ -164,36 +151,41 @@ def _named_errors(what: str) -> Iterator[None]:
     is caught but what ends a program."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         raise CheckpointError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]}).") from error
 
 
-def _check_tokenizer(path: Path) -> None:
-    """Refuse in a tokenizer.json what the tokenizers library would answer by taking all memory or by ending Python."""
+def _check_files(folder: Path) -> None:
+    """Refuse what the tokenizers library would answer by taking all memory or by ending Python.
+
+    Called within `_named_errors`: a value of another type than a tokenizer has there may raise anything.
+    """
+    for path in (path for name in FILES for path in folder.glob(name)):
+        read_json(path) if path.suffix == ".json" else check_file(path, MAX_JSON)
+    path = folder / "tokenizer.json"
+    if not os.path.lexists(path):
+        return
     content = read_json(path, MAX_TOKENIZER)
-    model = content.get("model")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocab, dict | list) or len(vocab) > MAX_TOKENS:
-        given = f"{len(vocab)} entries" if isinstance(vocab, dict | list) else f"vocab={vocab!r:.80}"
-        raise CheckpointError(f"{path} has a model with {given}; a vocabulary of at most {MAX_TOKENS} is needed.")
+    entries = len((content.get("model") or {}).get("vocab") or ())
+    if not 1 <= entries <= MAX_TOKENS:
+        raise CheckpointError(f"{path} has a vocabulary of {entries} entries; 1 to {MAX_TOKENS} are needed. Check it.")
     if (growth := _growth(content.get("normalizer"), path)) > MAX_GROWTH:
         raise CheckpointError(f"{path} has a normalizer that makes a text {growth:.0g} times as long. Check it.")
 
 
 def _growth(normalizer: Any, path: Path) -> float:
     """How many times as long a normalizer may make a text, by its replacements."""
-    kind = normalizer.get("type") if isinstance(normalizer, dict) else None
+    kind = normalizer["type"] if normalizer else None
     if kind == "Precompiled":
         raise CheckpointError(f"{path} has a Precompiled normalizer, which no model of the Llama family has. Check it.")
     if kind == "Sequence":
-        return math.prod(_growth(one, path) for one in normalizer.get("normalizers") or ())
+        return math.prod(_growth(one, path) for one in normalizer["normalizers"])
     if kind != "Replace":
         return 1
-    pattern = normalizer.get("pattern")
-    old = pattern.get("String") if isinstance(pattern, dict) else ""
-    return max(1, len(str(normalizer.get("content"))) / max(1, len(str(old or ""))))
+    old = normalizer["pattern"].get("String", "")
+    return max(1, len(normalizer["content"]) / max(1, len(old)))
 
 
 def _spelling(backend: Backend) -> Callable[[str], bytes]:
@@ -212,13 +204,4 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 def _byte_level_bytes(token: str) -> bytes:
     """Letters of GPT-2's alphabet are bytes; a token with any other letter is text, as the library reads it."""
-    letters = _byte_letters()
-    return bytes(letters[letter] for letter in token) if letters.keys() >= set(token) else token.encode()
-
-
-@lru_cache(maxsize=1)
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet: a byte that Latin-1 prints stands for itself, the others for the letters from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return bytes(LETTERS[letter] for letter in token) if LETTERS.keys() >= set(token) else token.encode()

@@ -22,6 +22,7 @@ from minillm.costs.steps import (
 )
 from minillm.model.decoder import Decoder
 from minillm.model.hf import model_config
+from minillm.model.linear import Linear
 from minillm.shapes import named_shape
 from tests.families import FAMILIES
 
@@ -50,7 +51,7 @@ def test_parameters_are_those_of_the_matrices(family: str) -> None:
     config = model_config(FAMILIES[family])
     with torch.device("meta"):
         model = Decoder(config)
-    counted = {name: m.weight.numel() for name, m in model.named_modules() if hasattr(m, "in_features")}
+    counted = {name: m.weight.numel() for name, m in model.named_modules() if isinstance(m, Linear)}
     assert formulas.matmul_parameters(config) == sum(counted.values())
     layer = {name.rsplit(".", 2)[1:][0]: 0 for name in counted if name.startswith("layers.0")}
     for name, size in counted.items():
@@ -81,8 +82,6 @@ def test_weights_are_everything_but_the_embeddings_that_nobody_looks_up() -> Non
     norms = 4 * (28 * (2 * 1024 + 24 * 128) + 1024)
     assert 2 * formulas.matmul_parameters(QWEN) == matrices
     assert formulas.weight_bytes(QWEN, 2, tokens=5) == matrices + norms + 2 * 5 * 1024
-    headless = formulas.weight_bytes(QWEN, 2, tokens=5, head=False)
-    assert formulas.weight_bytes(QWEN, 2, tokens=5) - headless == 2 * 151936 * 1024
 
 
 # Pairs and keys
@@ -131,17 +130,16 @@ def test_cutting_a_prompt_changes_no_flop_but_those_of_the_head() -> None:
     whole = formulas.step_flops(QWEN, prefill_step(1000))
     for chunk in (1, 7, 256, 999):
         steps = chunk_steps(1000, chunk)
-        rows = [0] * (len(steps) - 1) + [1]
-        parts = [formulas.step_flops(QWEN, step, logit_rows=n) for step, n in zip(steps, rows, strict=True)]
-        assert formulas.Flops(*map(sum, zip(*parts, strict=True))) == whole
+        parts = [formulas.step_flops(QWEN, step) for step in steps]
+        assert formulas.Flops(*map(sum, zip(*parts, strict=True))) == whole._replace(head=len(steps) * whole.head)
 
 
 def test_the_head_is_known() -> None:
     """The mutant forgets it: a quarter of the FLOPs of a decode step of Qwen3-0.6B."""
     flops = formulas.step_flops(QWEN, decode_step(1))
     assert flops.head == 2 * 151936 * 1024 and 0.25 < flops.head / flops.total < 0.27
-    assert formulas.step_flops(QWEN, prefill_step(10), logit_rows=10).head == 10 * flops.head
-    assert formulas.step_flops(QWEN, decode_step(1), logit_rows=0).total == flops.total - flops.head
+    assert formulas.step_flops(QWEN, prefill_step(10)).head == flops.head
+    assert formulas.step_flops(QWEN, decode_step(1, batch=10)).head == 10 * flops.head
 
 
 # Bytes
@@ -183,12 +181,6 @@ def test_what_a_step_makes_itself_it_need_not_read(window: int | None) -> None:
     assert formulas.least_bytes(config, decode_step(1000), 2) == decode
     for step in (prefill_step(70), decode_step(70, 3), verify_step(70, 4)):
         assert formulas.least_bytes(config, step, 2) <= formulas.step_bytes(config, step, 2).total
-
-
-def test_a_step_without_samples_reads_no_head() -> None:
-    step = prefill_step(16)
-    with_head, without = (formulas.step_bytes(SMOL, step, 2, logit_rows=n).weights for n in (1, 0))
-    assert with_head - without == 2 * 49152 * 576
 
 
 # What the formulas say

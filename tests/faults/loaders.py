@@ -140,9 +140,9 @@ def attempt(d, what):
         return "wrote " + repr(llm.generate("def f", SamplingParams(max_tokens=3, temperature=0), progress=False)[0].outputs[0].token_ids)
     t = load_tokenizer(d)
     if what == "encode": return f"{len(t.encode('a' * 5000))} tokens"
-    if what == "decode": return repr(t.decode(range(t.vocab_size))[-20:])
+    if what == "decode": return repr(t.decode(range(len(t.vocabulary)))[-20:])
     if what == "chat": return repr(t.apply_chat_template([{"role": "user", "content": "hello"}]))[:80]
-    return f"vocabulary {t.vocab_size}"
+    return f"vocabulary {len(t.vocabulary)}"
 load_tokenizer(TINY.parent / "tiny"); folder("warm"); load_tokenizer(ROOT / "warm")   # imports
 part = sys.argv[1] if len(sys.argv) == 2 else ""
 if sys.argv[1:2] == ["--sample"]:

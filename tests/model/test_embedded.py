@@ -115,8 +115,10 @@ def test_logits_are_those_of_transformers(name: str) -> None:
 def test_both_models_share_one_tokenizer() -> None:
     files = [(EMBEDDED / name / "tokenizer.json").read_bytes() for name in NAMES]
     assert files[0] == files[1]
-    assert tokenizer().vocab_size == model("tiny").config.vocab_size == model("tiny-draft").config.vocab_size == 4096
-    assert tokenizer().eos_token_ids == model("tiny").config.eos_token_ids == (END_OF_TEXT_ID,)
+    assert (
+        len(tokenizer().vocabulary) == model("tiny").config.vocab_size == model("tiny-draft").config.vocab_size == 4096
+    )
+    assert model("tiny").config.eos_token_ids == (END_OF_TEXT_ID,)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -47,7 +47,7 @@ def test_parameter_count(name: str) -> None:
     """Counted twice: in the checkpoint's layout and in the decoder itself (whose query and key norms have one row
     per head, so those are counted once)."""
     config = named_shape(name)
-    pieces = [piece for group in layout(config) for piece in group]
+    pieces = layout(config)
     in_files = sum(torch.Size(shape).numel() for piece in pieces for shape in piece.sources.values())
     assert in_files == PARAMETERS[name]
     with torch.device("meta"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from minillm.config import ModelConfig
-from minillm.costs.formulas import kv_bytes_per_token, layer_parameters, matmul_parameters
+from minillm.costs.formulas import attention_parameters, kv_bytes_per_token, matmul_parameters, mlp_parameters
 
 
 def prefill_crossover(config: ModelConfig) -> float:
     """N*: prompt length at which causal attention takes as many FLOPs as the matrices of the layers do."""
-    return layer_parameters(config) / (config.num_heads * config.head_dim) - 1
+    matrices = attention_parameters(config) + mlp_parameters(config)
+    return matrices / (config.num_heads * config.head_dim) - 1
 
 
 def kv_crossover(config: ModelConfig, element_bytes: int) -> float:

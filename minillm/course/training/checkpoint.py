@@ -20,7 +20,7 @@ def save_checkpoint(model: Decoder, folder: Path, *, dtype: torch.dtype = torch.
     For a model whose weights are not packed, such as one in training.
     """
     tensors: dict[str, Tensor] = {}
-    for piece in (piece for group in layout(model.config) for piece in group):
+    for piece in layout(model.config):
         fused = model.get_parameter(piece.ours).detach()
         if piece.repeats:
             parts = [rows[0] for rows in fused.split(list(piece.repeats))]

@@ -71,7 +71,7 @@ def make_optimizers(
     model: Decoder, *, matrix_rate: float, vector_rate: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the projections, AdamW without decay for the embedding (which is the head, too) and the norms."""
-    rows = {piece.ours: [s[0] for s in piece.sources.values()] for group in layout(model.config) for piece in group}
+    rows = {piece.ours: [s[0] for s in piece.sources.values()] for piece in layout(model.config)}
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)} - {
         "head.weight"
     }
@@ -88,7 +88,7 @@ def tie_head_norms(model: Decoder) -> None:
 
     The decoder keeps one row per head to norm queries and keys in one go. Equal rows with equal gradients stay equal.
     """
-    for piece in (piece for group in layout(model.config) for piece in group if piece.repeats):
+    for piece in (piece for piece in layout(model.config) if piece.repeats):
         grad = model.get_parameter(piece.ours).grad
         if grad is not None:
             for rows in grad.split(list(piece.repeats)):

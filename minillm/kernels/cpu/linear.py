@@ -11,7 +11,10 @@ Where it loses: a packed weight cannot be read back cheaply, so tied embeddings 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +34,17 @@ def pack(linear: Linear) -> None:
     """
     weight = linear.weight.detach()
     if weight.device.type == "cpu" and can_pack(weight.dtype):
+        _return_freed_memory()
         linear.weight = nn.Parameter(_reorder(weight), requires_grad=False)
         linear.kernel = functools.partial(_product, weight=linear.weight, bias=linear.bias)
+
+
+def _return_freed_memory() -> None:
+    """Give what was freed back to the system. Between weights, because glibc keeps it otherwise: those that were packed
+    before would pile up as holes between the packed ones (an eighth of the weights for Qwen3-0.6B)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a Linux without glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
