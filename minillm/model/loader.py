@@ -123,9 +123,10 @@ class Checkpoint:
             raise CheckpointError(f"{name} in {path} is {dtype}, not {', '.join(STORED)}: quantised.")
 
     def _head_is_embedding(self) -> bool:
-        """Whether the file of a tied model holds the same table twice, as some do."""
-        _, shape, dtype = self.stored[EMBEDDING]
-        return self.stored[HEAD][1:] == (shape, dtype) and torch.equal(self(HEAD, shape), self(EMBEDDING, shape))
+        """Whether the file of a tied model holds the same table twice, as some do; perhaps in two dtypes."""
+        (_, shape, _), (_, given, dtype) = self.stored[EMBEDDING], self.stored[HEAD]
+        same = given == shape and dtype in STORED
+        return same and bool((self(HEAD, shape) == self(EMBEDDING, shape)).all())
 
 
 def load_model(
