@@ -36,14 +36,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v: q `[q_len, heads, d]`, k and v `[kv_heads, kv_len, d]` -> `[q_len, heads, d]`."""
-    return attention_map(q, k, v, scale=scale, sliding_window=sliding_window)[0]
-
-
-def attention_map(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """`masked_attention` under the causal rule."""
-    return masked_attention(q, k, v, visible(q.shape[0], k.shape[1], sliding_window, q.device), scale=scale)
+    return masked_attention(q, k, v, visible(len(q), k.shape[1], sliding_window, q.device), scale=scale)[0]
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

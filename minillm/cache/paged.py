@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, Backend
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import Backend
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError
 from minillm.model.decoder import Attend

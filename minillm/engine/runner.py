@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minillm.attention import choose_backend
+from minillm.attention.paged import choose_backend
 from minillm.cache.paged import BlockTensors, PagedCache, block_bytes, choose_num_blocks
 from minillm.config import EngineConfig
 from minillm.engine.batch import Batch

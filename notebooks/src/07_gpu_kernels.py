@@ -25,7 +25,7 @@ if not HAS_GPU:
 import triton
 import triton.language as tl
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import merge
 from minillm.course.claims import CLAIMS, Workbench

@@ -17,7 +17,8 @@ import random
 import torch
 
 from minillm import load_model, load_tokenizer
-from minillm.attention import AttentionMetadata, paged_attention, write_kv
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import paged_attention, write_kv
 from minillm.config import EngineConfig
 from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
 from minillm.course.claims import CLAIMS, Workbench

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minillm.attention import reference as naive
-from minillm.attention.reference import attention_map, naive_attention, visible
+from minillm.attention.reference import masked_attention, naive_attention, visible
 from tests.attention.cases import CASES, Case, check, expected, mutant
 
 
@@ -36,7 +36,8 @@ def test_a_window_counts_the_token_itself() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_the_map_sum_to_one_or_to_zero(name: str) -> None:
     case = CASES[name]
-    _, weights = attention_map(*case.tensors(torch.float64), scale=case.scale, sliding_window=case.window)
+    mask = visible(case.q_len, case.kv_len, case.window)
+    _, weights = masked_attention(*case.tensors(torch.float64), mask, scale=case.scale)
     blind = max(0, case.q_len - case.kv_len)
     assert weights.shape == (case.heads, case.q_len, case.kv_len)
     assert (weights[:, :blind] == 0).all()

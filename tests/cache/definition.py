@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minillm.attention.reference import NEG_INF, visible
+from minillm.cache.contiguous import ContiguousCache
 from minillm.quantization.formats import Codec
 
 
@@ -26,8 +27,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, codec: Codec, *, scale: float, windo
     return (weights @ v).transpose(0, 1)
 
 
-class DefinitionCache:
-    """A cache of one sequence for `minillm.generate.extend`."""
+class DefinitionCache(ContiguousCache):
+    """A cache of one sequence for `minillm.generate.extend`, which has nothing but the interface from its parent."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec

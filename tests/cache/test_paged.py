@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.attention import REFERENCE, AttentionMetadata, attention
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import REFERENCE
+from minillm.attention.tiled import attention
 from minillm.cache.paged import PagedCache, block_bytes, choose_num_blocks
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.paged import paged_attention, write_kv
 from minillm.attention.reference import naive_attention, visible
 from minillm.attention.tiled import merge, tiled_attention
