@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from minillm.attention.paged import choose_backend
-from minillm.cache.paged import BlockTensors, PagedCache, block_bytes, choose_num_blocks
+from minillm.cache.paged import BlockTensors, PagedCache, choose_num_blocks
 from minillm.config import EngineConfig
+from minillm.costs.formulas import kv_bytes_per_token
 from minillm.engine.batch import Batch
 from minillm.errors import ConfigError
 from minillm.model.decoder import Decoder, inference
@@ -43,7 +44,7 @@ def open_cache(model: Decoder, config: EngineConfig) -> BlockTensors:
     """
     where: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     if config.kv_format == "auto":
-        per_block = block_bytes(model.config, config.block_size, model.dtype)
+        per_block = config.block_size * kv_bytes_per_token(model.config, model.dtype.itemsize)
         num_blocks = choose_num_blocks(model.config, config, model.device, per_block)
         backend = choose_backend(config.kernels, model.device)
         return PagedCache(model.config, backend, num_blocks=num_blocks, block_size=config.block_size, **where)

@@ -190,7 +190,8 @@ the arithmetic there is. The real tensors:
 # %%
 cache = engine.runner.cache
 print(f"keys of one layer {[*cache.keys[0].shape]}: KV heads, blocks, places, numbers")
-print(f"{len(cache.keys)} layers, values the same: {cache.num_bytes / 1e6:.1f} MB in all")
+num_bytes = sum(pool.nbytes for pool in cache.tensors)
+print(f"{len(cache.keys)} layers, values the same: {num_bytes / 1e6:.1f} MB in all")
 print("block 0 is nobody's: padding is written there, so no kernel needs a special case")
 
 now, size = frames[18], 4

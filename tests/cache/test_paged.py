@@ -1,4 +1,4 @@
-"""The pools: bytes against the formula, copies, blocks that move to another cache, sizes from a budget."""
+"""The pools: bytes against the formula, copies, sizes from a budget."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.paged import REFERENCE
 from minillm.attention.tiled import attention
-from minillm.cache.paged import PagedCache, block_bytes, choose_num_blocks
+from minillm.cache.paged import PagedCache, choose_num_blocks
 from minillm.config import EngineConfig, ModelConfig
+from minillm.costs.formulas import kv_bytes_per_token
 from minillm.errors import ConfigError
 
 CONFIG = ModelConfig("LlamaForCausalLM", 50, 24, 32, 3, 6, 2, 8, max_position_embeddings=100)
@@ -28,8 +29,8 @@ def test_bytes_equal_the_formula(dtype: torch.dtype, size: int) -> None:
     cache = make_cache(dtype)
     per_token = 2 * 3 * 2 * 8 * size  # K and V, layers, KV heads, head_dim
     assert cache.bytes_per_token == per_token
-    assert cache.num_bytes == 12 * 4 * per_token
-    assert block_bytes(CONFIG, 4, dtype) == 4 * per_token == PER_BLOCK * size // 4
+    assert sum(pool.nbytes for pool in cache.keys + cache.values) == 12 * 4 * per_token == 12 * PER_BLOCK * size // 4
+    assert kv_bytes_per_token(CONFIG, dtype.itemsize) == per_token
 
 
 def test_trap_33_attend_takes_slices_of_a_fused_projection_and_writes_first() -> None:
@@ -61,77 +62,6 @@ def test_copies_read_every_source_before_any_target_is_written() -> None:
         assert pool[0, :, 0, 0].tolist() == [0, 1, 2, 3, 3, 4, 6, 7, 7, 9, 10, 11]
     cache.copy(torch.empty(0, 2, dtype=torch.int64))
     assert cache.keys[0][0, :, 0, 0].tolist() == [0, 1, 2, 3, 3, 4, 6, 7, 7, 9, 10, 11]
-
-
-def numbered(dtype: torch.dtype, num_blocks: int, start: int) -> PagedCache:
-    """A cache in which no two numbers are equal: bit patterns `start`, `start` + 1, … that stand for finite numbers."""
-    cache = make_cache(dtype, num_blocks)
-    whole = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    for pool in cache.keys + cache.values:
-        pool.view(whole).copy_(torch.arange(start, start + pool.numel(), dtype=whole).view_as(pool))
-        start += pool.numel()
-    return cache
-
-
-def bits(cache: PagedCache) -> list[list[Any]]:
-    """Every pool as nested lists of integers, [pool][head][block][offset][dim]."""
-    whole = {4: torch.int32, 2: torch.int16}[cache.keys[0].element_size()]
-    return [pool.view(whole).tolist() for pool in cache.keys + cache.values]
-
-
-def check_moving(dtype: torch.dtype) -> None:
-    """Blocks 7, 2 and 5 of one cache become blocks 3, 1 and 8 of another, in all layers, and nothing else changes."""
-    source, target = numbered(dtype, 12, 1), numbered(dtype, 9, 9000)
-    before, sent, moves = bits(target), bits(source), {3: 7, 1: 2, 8: 5}
-    parcel = source.gather(torch.tensor(list(moves.values())))
-    assert parcel.shape == (3, block_bytes(CONFIG, 4, dtype)) and parcel.dtype == torch.uint8
-    target.scatter(torch.tensor(list(moves)), parcel)
-    got = bits(target)
-    for pool in range(6):
-        for head in range(2):
-            for block in range(9):
-                want = sent[pool][head][moves[block]] if block in moves else before[pool][head][block]
-                assert got[pool][head][block] == want, (pool, head, block)
-    assert bits(source) == sent, "gathering changes nothing"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_move_to_another_cache(dtype: torch.dtype) -> None:
-    check_moving(dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_blocks_move_as_well(dtype: torch.dtype) -> None:
-    source, target = numbered(dtype, 12, 1), numbered(dtype, 9, 9000)
-    before, none = bits(target), torch.empty(0, dtype=torch.int64)
-    target.scatter(none, source.gather(none))
-    assert bits(target) == before
-
-
-def _layer_after_layer(self: PagedCache, blocks: torch.Tensor) -> torch.Tensor:
-    """The values of a layer right after its keys."""
-    pools = [pool for pair in zip(self.keys, self.values, strict=True) for pool in pair]
-    parts = [pool[:, blocks].transpose(0, 1).contiguous().view(torch.uint8).flatten(1) for pool in pools]
-    return torch.cat(parts, dim=1)
-
-
-def _heads_and_blocks_swapped(self: PagedCache, blocks: torch.Tensor) -> torch.Tensor:
-    parts = [tensor[:, blocks].contiguous().view(torch.uint8).reshape(len(blocks), -1) for tensor in self.tensors]
-    return torch.cat(parts, dim=1)
-
-
-def _in_order(self: PagedCache, blocks: torch.Tensor) -> torch.Tensor:
-    return _right_gather(self, blocks.sort()[0])
-
-
-_right_gather = PagedCache.gather
-
-
-@pytest.mark.parametrize("wrong", [_layer_after_layer, _heads_and_blocks_swapped, _in_order])
-def test_blocks_that_are_mixed_up_on_the_way_are_found(wrong: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PagedCache, "gather", wrong)
-    with pytest.raises(AssertionError):
-        check_moving(torch.float32)
 
 
 @pytest.mark.parametrize(

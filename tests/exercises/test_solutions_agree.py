@@ -20,11 +20,12 @@ from torch.testing import assert_close
 from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.paged import paged_attention, write_kv
 from minillm.attention.reference import naive_attention, visible
-from minillm.attention.tiled import merge, tiled_attention
+from minillm.attention.tiled import tiled_attention
 from minillm.cache.blocks import BlockPool
 from minillm.config import EngineConfig
 from minillm.costs import formulas
 from minillm.course.lessons.schedules import request_steps
+from minillm.course.lessons.softmax import merge
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler
 from minillm.engine.verify import given_draft, num_accepted
