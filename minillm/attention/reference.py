@@ -18,8 +18,13 @@ def visible(q_len: int, kv_len: int, sliding_window: int | None = None, device: 
     The queries are the *last* `q_len` of `kv_len` tokens, so query i stands at position `kv_len - q_len + i`: the
     triangle is aligned bottom-right. A sliding window of W keeps the W newest keys, the token's own included.
     """
-    position = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
-    key = torch.arange(kv_len, device=device)[None, :]
+    return tile_mask(range(kv_len - q_len, kv_len), range(kv_len), sliding_window, device)
+
+
+def tile_mask(positions: range, keys: range, sliding_window: int | None, device: torch.device | None) -> Tensor:
+    """The part `[len(positions), len(keys)]` of that mask: what queries at these positions see of these keys."""
+    position = torch.arange(positions.start, positions.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)[None, :]
     mask = key <= position
     return mask if sliding_window is None else mask & (key > position - sliding_window)
 

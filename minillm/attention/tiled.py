@@ -17,7 +17,7 @@ from math import e, log, log2
 import torch
 from torch import Tensor
 
-from minillm.attention.reference import NEG_INF, accumulator_dtype, naive_attention
+from minillm.attention.reference import NEG_INF, accumulator_dtype, naive_attention, oldest_key, tile_mask
 
 Q_TILE, KV_TILE = 256, 256  # of 64 to 512, measured: larger leaves the caches, smaller starts more operators
 TILED_QUERIES = 32  # with fewer, starting the operators of a tile costs more than the arithmetic
@@ -48,9 +48,10 @@ def tiled_attention(
     softmax = OnlineSoftmax(q, kv_heads, min(q_tile, q_len), min(kv_tile, kv_len))
     for start in range(0, q_len, q_tile):
         queries = range(start, min(start + q_tile, q_len))
+        positions = range(offset + queries.start, offset + queries.stop)
         softmax.begin(q[queries.start : queries.stop], scale)
-        for keys in _visible_tiles(queries, offset, kv_tile, sliding_window):
-            bias = _bias(queries, keys, offset, sliding_window, softmax.m)
+        for keys in _visible_tiles(positions, kv_tile, sliding_window):
+            bias = _bias(positions, keys, sliding_window, softmax.m)
             softmax.fold(k[:, keys.start : keys.stop], v[:, keys.start : keys.stop], bias)
             if observer is not None:
                 observer(queries, keys, softmax)
@@ -117,28 +118,21 @@ class OnlineSoftmax:
         lse.copy_(((self.m + self.l.log2()) * LN2).view(-1, len(lse)).t())
 
 
-def _visible_tiles(queries: range, offset: int, kv_tile: int, sliding_window: int | None) -> Iterator[range]:
+def _visible_tiles(positions: range, kv_tile: int, sliding_window: int | None) -> Iterator[range]:
     """Tiles of keys of which a query sees something: the causal rule ends them, a window lets them start late."""
-    first, last = offset + queries.start, offset + queries[-1]
-    oldest = 0 if sliding_window is None else max(0, first - sliding_window + 1)
-    for start in range(oldest, last + 1, kv_tile):
-        yield range(start, min(start + kv_tile, last + 1))
+    for start in range(oldest_key(len(positions), positions.stop, sliding_window), positions.stop, kv_tile):
+        yield range(start, min(start + kv_tile, positions.stop))
 
 
-def _bias(queries: range, keys: range, offset: int, sliding_window: int | None, like: Tensor) -> Tensor | None:
+def _bias(positions: range, keys: range, sliding_window: int | None, like: Tensor) -> Tensor | None:
     """0 where a query sees a key and -inf elsewhere, `[queries, keys]`; None if all see all.
 
     Added, not filled in: `masked_fill_` with a broadcast mask takes 20 times as long as an addition on a CPU.
     """
-    first, last = offset + queries.start, offset + queries[-1]
-    if keys.stop <= first + 1 and (sliding_window is None or keys.start > last - sliding_window):
+    if keys.stop <= positions.start + 1 and (sliding_window is None or keys.start > positions[-1] - sliding_window):
         return None
-    position = torch.arange(first, last + 1, device=like.device)[:, None]
-    key = torch.arange(keys.start, keys.stop, device=like.device)[None, :]
-    hidden = key > position
-    if sliding_window is not None:
-        hidden |= key <= position - sliding_window
-    return like.new_zeros(hidden.shape).masked_fill_(hidden, NEG_INF)
+    mask = tile_mask(positions, keys, sliding_window, like.device)
+    return like.new_zeros(mask.shape).masked_fill_(~mask, NEG_INF)
 
 
 def _view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:

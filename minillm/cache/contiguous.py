@@ -29,7 +29,7 @@ class ContiguousCache:
         extra = offer("attention", device.type) if kernels == "auto" else None
         self.attention = extra.attention if extra else attention
         self.num_tokens = 0
-        shape = (config.num_layers, config.num_kv_heads, max(capacity, 1), config.head_dim)
+        shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
 

@@ -332,7 +332,7 @@ class Engine:
                 num_running=len(self.scheduler.running),
                 num_waiting=len(self.scheduler.waiting),
                 num_free_blocks=self.pool.num_free,
-                num_cached_blocks=self.pool.num_cached,
+                num_cached_blocks=len(self.pool.cached),
                 **times,
             )
         )

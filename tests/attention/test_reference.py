@@ -57,7 +57,7 @@ def test_what_comes_later_changes_nothing() -> None:
     ("old", "new"),
     [
         ("mask = key <= position", "mask = key < position"),
-        ("torch.arange(kv_len - q_len, kv_len, device=device)[:, None]", "torch.arange(q_len, device=device)[:, None]"),
+        ("range(kv_len - q_len, kv_len)", "range(q_len)"),
         ("key > position - sliding_window", "key >= position - sliding_window"),
         ("* scale)", "* scale**2)"),
         ("softmax(dim=-1)", "softmax(dim=-2)"),

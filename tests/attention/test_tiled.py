@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minillm.attention import tiled
+from minillm.attention import reference, tiled
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 from tests.attention.cases import CASES, Case, check, expected, mutant
@@ -111,21 +111,32 @@ def test_tiles_that_the_rule_hides_are_never_computed() -> None:
         ("self.l.mul_(rescale).add_(", "self.l.add_("),
         ("1), NEG_INF, dtype=self.accumulator)", "1), 0.0, dtype=self.accumulator)"),
         ("offset = kv_len - q_len", "offset = 0"),
-        ("key <= position - sliding_window", "key < position - sliding_window"),
-        ("first - sliding_window + 1)", "first - sliding_window + 2)"),
-        ("range(start, min(start + kv_tile, last + 1))", "range(start, max(start + 1, min(start + kv_tile, last)))"),
+        ("min(start + kv_tile, positions.stop))", "max(start + 1, min(start + kv_tile, positions.stop - 1)))"),
         ("base = m.where(m > NEG_INF, 0.0)", "base = m"),
         ("self.l.where(self.l > 0, 1.0)", "self.l"),
         ("(self.m + self.l.log2()) * LN2", "self.m + self.l.log2()"),
-        ("keys.stop <= first + 1 and", "keys.stop <= last + 1 and"),
+        ("keys.stop <= positions.start + 1 and", "keys.stop <= positions.stop and"),
     ],
 )
 def test_the_oracle_rejects(old: str, new: str, tmp_path: Path) -> None:
-    wrong = mutant(tiled, old, new, tmp_path)
-
-    def run() -> None:
-        for case in sorted(CASES.values(), key=lambda case: case.q_len > case.kv_len):
-            run_tiled(wrong, case, torch.float64, 16, 32)
-
     with pytest.raises(AssertionError):
-        run()
+        run_all(mutant(tiled, old, new, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("tile_mask", "key <= position", "key < position"),
+        ("tile_mask", "key > position - sliding_window", "key >= position - sliding_window"),
+        ("oldest_key", "q_len - sliding_window + 1", "q_len - sliding_window + 2"),
+    ],
+)
+def test_a_wrong_rule_is_found(name: str, old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, name, getattr(mutant(reference, old, new, tmp_path), name))
+    with pytest.raises(AssertionError):
+        run_all(tiled)
+
+
+def run_all(module: ModuleType) -> None:
+    for case in sorted(CASES.values(), key=lambda case: case.q_len > case.kv_len):
+        run_tiled(module, case, torch.float64, 16, 32)
