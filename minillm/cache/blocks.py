@@ -119,7 +119,7 @@ class BlockPool:
         """Take every block back and forget what is in them. Tables that still hold blocks are void."""
         for block in self.blocks:
             block.ref_count, block.prefix = 0, None
-        self.free = FreeQueue.fromkeys(range(1, len(self.blocks)))
+        self.free = FreeQueue((index, None) for index in range(1, len(self.blocks)))
         self.cached: dict[Prefix, Block] = {}  # what the prefix cache knows, held or free
 
     @property

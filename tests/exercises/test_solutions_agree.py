@@ -192,7 +192,7 @@ def serve(config: EngineConfig, prompts: list[int], outputs: list[int]) -> Itera
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         params = SamplingParams(max_tokens=output)
         scheduler.add(Request(str(number), (number, 0), [0] * prompt, prompt, params, 0.0))
-    while scheduler.num_unfinished:
+    while list(scheduler):
         running = [(s.order[0], s.num_remaining) for s in scheduler.running]
         waiting = [(s.order[0], s.num_remaining) for s in scheduler.waiting.values()]
         plan = scheduler.schedule()
