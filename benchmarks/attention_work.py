@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from minillm.attention import REFERENCE, AttentionMetadata, Backend, choose_backend
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import REFERENCE, Backend, choose_backend
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 

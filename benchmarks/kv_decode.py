@@ -25,7 +25,8 @@ from recording import record
 from torch import Tensor
 
 from minillm import seams
-from minillm.attention import AttentionMetadata, Backend, paged_attention
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import Backend, paged_attention
 from minillm.attention.reference import naive_attention
 from minillm.measure.bench import interleaved, pair_ratio, quartiles
 from minillm.quantization import attention as twin

@@ -73,11 +73,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        if heads % kv_heads:  # every key head must serve the same number of query heads
-            why = f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
-            raise CheckpointError(f"{why}. Check config.json.")
-        if self.head_dim % 2:
-            raise CheckpointError(f"head_dim={self.head_dim} is odd: rotary embeddings turn pairs. Check config.json.")
+        multiple = f"a multiple of num_key_value_heads={kv_heads}. Check config.json"
+        require(heads % kv_heads == 0, "num_attention_heads", heads, multiple, CheckpointError)
+        even = "even, for rotary embeddings turn pairs. Check config.json"
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, even, CheckpointError)
 
     @property
     def group_size(self) -> int:
@@ -89,9 +88,10 @@ def check_prompt(token_ids: Sequence[int], config: ModelConfig) -> None:
     """Raise RequestError for a prompt that the model cannot read: empty, too long, or of another vocabulary."""
     if len(token_ids) == 0:
         raise RequestError("The prompt is empty. Give at least one token.")
-    length, most = len(token_ids), config.max_position_embeddings
-    if length > most:
-        raise RequestError(f"The prompt has {length} tokens, the model has {most} positions. Shorten the prompt.")
+    if len(token_ids) > (most := config.max_position_embeddings):
+        raise RequestError(
+            f"The prompt has {len(token_ids)} tokens, the model has {most} positions. Shorten the prompt."
+        )
     if strange := [token for token in token_ids if type(token) is not int or not 0 <= token < config.vocab_size]:
         why = f"Token id {shown(strange[0])} is outside the vocabulary of {config.vocab_size}, or no integer"
         raise RequestError(f"{why}. Did another model's tokenizer encode the prompt?")

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minillm.cache.contiguous import ContiguousCache, SequenceCache
+from minillm.cache.contiguous import ContiguousCache
 from minillm.config import check_prompt
 from minillm.model.decoder import Decoder, inference
 from minillm.sampling import SamplingParams, adjust, probs_from_logits, sample
@@ -23,7 +23,7 @@ from minillm.sampling import SamplingParams, adjust, probs_from_logits, sample
 SPARE = 64  # tokens of room after a prompt, before the cache has to grow
 
 
-def extend(model: Decoder, tokens: Tensor, cache: SequenceCache) -> Tensor:
+def extend(model: Decoder, tokens: Tensor, cache: ContiguousCache) -> Tensor:
     """Run tokens [q_len] after the cached ones; float32 logits [vocab_size] of what follows the last of them.
 
     The one step of inference. Any cut of a sequence into steps gives the same logits, up to rounding.
@@ -46,7 +46,7 @@ def prefill(model: Decoder, token_ids: Sequence[int]) -> tuple[Tensor, Contiguou
     return extend(model, torch.tensor(token_ids, device=model.device), cache), cache
 
 
-def decode(model: Decoder, token_id: int, cache: SequenceCache) -> Tensor:
+def decode(model: Decoder, token_id: int, cache: ContiguousCache) -> Tensor:
     """Phase 2: one token in, the logits [vocab_size] of the next one out. The cache grows by this token."""
     return extend(model, torch.tensor([token_id], device=model.device), cache)
 

@@ -52,8 +52,7 @@ class LLM:
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(decoder, config)
         if speculative is not None:
-            proposers = need("proposer", "speculative", speculative)
-            proposers.attach(speculative, self.engine, self.tokenizer, **how)
+            need("proposer", "speculative", speculative).attach(speculative, self.engine, self.tokenizer, **how)
         self.processor = OutputProcessor(self.engine, self.tokenizer)
 
     def generate(self, prompts: Any, sampling_params: Params = None, *, progress: bool = True) -> list[RequestOutput]:

@@ -169,7 +169,7 @@ class OutputProcessor:
             hit = live.texts[output.index].push(token) if live.texts else None
             if hit is not None:
                 output.finish_reason, output.stop_reason = "stop", hit
-                self.engine.finish(result.request_id, output.index, "stop", hit)
+                self.engine.finish(result.request_id, output.index, hit)
                 return
         if request.finished:
             output.finish_reason, output.stop_reason = request.finish_reason, request.stop_reason

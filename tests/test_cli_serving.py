@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minillm.attention import REFERENCE
+from minillm.attention.paged import REFERENCE
 from minillm.cache.paged import PagedCache
 from minillm.cli.settings import HELP
 from minillm.config import EngineConfig

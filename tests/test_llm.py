@@ -169,7 +169,7 @@ def test_logprobs_are_those_of_the_raw_logits(llm: LLM) -> None:
 def test_a_refused_prompt_leaves_nothing_behind(llm: LLM) -> None:
     with pytest.raises(RequestError, match="prompt is empty"):
         llm.generate(["fine", ""], GREEDY)
-    with pytest.raises(RequestError, match=r"need 515 positions; the model has 512"):
+    with pytest.raises(RequestError, match=r"the model has 512 positions"):
         llm.generate("a" * 504, GREEDY)
     assert llm.generate("fine", GREEDY, progress=False)[0].finished
 

@@ -68,9 +68,7 @@ def _pad(block_tables: Sequence[Sequence[int]], kv_lens: Sequence[int], block_si
     padded = np.zeros((len(needed), max(needed, default=0)), np.int32)
     for row, table, count in zip(padded, block_tables, needed, strict=True):
         if len(table) < count:
-            raise ConfigError(
-                f"A block table of {len(table)} blocks of {block_size} cannot hold {count * block_size} tokens. "
-                "Allocate blocks before packing the batch."
-            )
+            short = f"A block table of {len(table)} blocks of {block_size} cannot hold {count * block_size} tokens"
+            raise ConfigError(f"{short}. Allocate blocks before packing the batch.")
         row[:count] = table[:count]
     return padded

@@ -19,6 +19,7 @@ from torch import Tensor
 from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.reference import oldest_key
 from minillm.attention.tiled import attention
+from minillm.seams import offer
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,9 @@ def read(pool: Tensor, metadata: AttentionMetadata, index: int, sliding_window: 
 
 
 REFERENCE = Backend(paged_attention, write_kv)
+
+
+def choose_backend(kernels: str, device: torch.device) -> Backend:
+    """Attention over blocks: this device's, or the definition."""
+    extra = offer("paged_attention", device.type) if kernels == "auto" else None
+    return extra.BACKEND if extra else REFERENCE

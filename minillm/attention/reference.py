@@ -18,8 +18,13 @@ def visible(q_len: int, kv_len: int, sliding_window: int | None = None, device: 
     The queries are the *last* `q_len` of `kv_len` tokens, so query i stands at position `kv_len - q_len + i`: the
     triangle is aligned bottom-right. A sliding window of W keeps the W newest keys, the token's own included.
     """
-    position = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
-    key = torch.arange(kv_len, device=device)[None, :]
+    return tile_mask(range(kv_len - q_len, kv_len), range(kv_len), sliding_window, device)
+
+
+def tile_mask(positions: range, keys: range, sliding_window: int | None, device: torch.device | None) -> Tensor:
+    """The part `[len(positions), len(keys)]` of that mask: what queries at these positions see of these keys."""
+    position = torch.arange(positions.start, positions.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)[None, :]
     mask = key <= position
     return mask if sliding_window is None else mask & (key > position - sliding_window)
 
@@ -36,14 +41,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v: q `[q_len, heads, d]`, k and v `[kv_heads, kv_len, d]` -> `[q_len, heads, d]`."""
-    return attention_map(q, k, v, scale=scale, sliding_window=sliding_window)[0]
-
-
-def attention_map(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """`masked_attention` under the causal rule."""
-    return masked_attention(q, k, v, visible(q.shape[0], k.shape[1], sliding_window, q.device), scale=scale)
+    return masked_attention(q, k, v, visible(len(q), k.shape[1], sliding_window, q.device), scale=scale)[0]
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:

@@ -9,35 +9,19 @@ and tiles that the causal rule hides are never computed.
 Loses: for few queries, where starting ten operators per tile costs more than the arithmetic.
 """
 
-# ruff: noqa: E741
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import e, log, log2
 
 import torch
 from torch import Tensor
 
-from minillm.attention.reference import NEG_INF, accumulator_dtype, naive_attention
+from minillm.attention.reference import NEG_INF, accumulator_dtype, naive_attention, oldest_key, tile_mask
 
 Q_TILE, KV_TILE = 256, 256  # of 64 to 512, measured: larger leaves the caches, smaller starts more operators
 TILED_QUERIES = 32  # with fewer, starting the operators of a tile costs more than the arithmetic
 LN2 = log(2)
-
-
-@dataclass(frozen=True)
-class TileStep:
-    """What the online softmax knew after one tile: given to an observer, so that figures replay what happened."""
-
-    queries: range  # of the sequence's queries
-    keys: range  # of the sequence's keys
-    m: Tensor  # [heads, queries] running maximum of the scaled scores
-    l: Tensor  # [heads, queries] running sum of exp(score - m)
-    out: Tensor  # [heads, queries, d] running sum of exp(score - m) · v, not yet divided by l
-
-
-Observer = Callable[[TileStep], None]
 
 
 def tiled_attention(
@@ -49,12 +33,13 @@ def tiled_attention(
     sliding_window: int | None = None,
     q_tile: int = Q_TILE,
     kv_tile: int = KV_TILE,
-    observer: Observer | None = None,
+    observer: Callable[[range, range, OnlineSoftmax], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q `[q_len, heads, d]`, k and v `[kv_heads, kv_len, d]` -> output like q, log-sum-exp `[q_len, heads]`.
 
     Bottom-right causal; k and v may have any strides. A query that sees no key gets output 0 and log-sum-exp -inf.
-    The log-sum-exp of the scaled scores is what `merge` needs to join parts of the keys.
+    The log-sum-exp of the scaled scores is what joins parts of the keys. `observer` is given the queries, the keys and
+    the running values after each tile, so that figures replay what happened.
     """
     q_len, heads, _ = q.shape
     kv_heads, kv_len, _ = k.shape
@@ -63,12 +48,13 @@ def tiled_attention(
     softmax = OnlineSoftmax(q, kv_heads, min(q_tile, q_len), min(kv_tile, kv_len))
     for start in range(0, q_len, q_tile):
         queries = range(start, min(start + q_tile, q_len))
+        positions = range(offset + queries.start, offset + queries.stop)
         softmax.begin(q[queries.start : queries.stop], scale)
-        for keys in _visible_tiles(queries, offset, kv_tile, sliding_window):
-            bias = _bias(queries, keys, offset, sliding_window, softmax.m)
+        for keys in _visible_tiles(positions, kv_tile, sliding_window):
+            bias = _bias(positions, keys, sliding_window, softmax.m)
             softmax.fold(k[:, keys.start : keys.stop], v[:, keys.start : keys.stop], bias)
-            if observer:
-                observer(softmax.snapshot(queries, keys))
+            if observer is not None:
+                observer(queries, keys, softmax)
         softmax.finish(out[queries.start : queries.stop], lse[queries.start : queries.stop])
     return out, lse
 
@@ -80,33 +66,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, sliding_window: 
     return tiled_attention(q, k, v, scale=scale, sliding_window=sliding_window)[0]
 
 
-def merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Join attention over disjoint parts of the keys: outs `[parts, ..., d]`, lses `[parts, ...]` -> one of each.
-
-    Part i holds the share exp(lse_i) of the softmax's sum. Shares are taken relative to the largest, since exp of a
-    log-sum-exp overflows (Flash-Decoding, 2023). An empty part has lse -inf and weighs nothing.
-    """
-    largest = lses.amax(0)
-    shares = (lses - _finite(largest)).exp()
-    total = shares.sum(0)
-    weights = shares / total.where(total > 0, 1.0)
-    return (outs * weights[..., None]).sum(0), largest + total.log()
-
-
 class OnlineSoftmax:
     """Running maximum m, sum l and output of one tile of queries; all heads at once, one matrix per key/value head.
 
-    Scores are in units of log 2. The buffers serve all tiles of a call: memory fresh from the system costs more time
-    than the arithmetic that fills it.
+    Scores and m are in units of log 2. The buffers serve all tiles of a call: memory fresh from the system costs more
+    time than the arithmetic that fills it.
     """
 
     def __init__(self, q: Tensor, kv_heads: int, q_tile: int, kv_tile: int) -> None:
         _, heads, d = q.shape
         self.kv_heads, self.group = kv_heads, heads // kv_heads
         self.accumulator = accumulator_dtype(q.dtype)
-        self.product = q.new_empty(
-            heads * q_tile * kv_tile
-        )  # q kᵀ, then the weights, in q's dtype for the matrix units
+        # q kᵀ, then the weights, in q's dtype for the matrix units
+        self.product = q.new_empty(heads * q_tile * kv_tile)
         self.weighted = q.new_empty(heads * q_tile * d)
         exact = q.dtype == self.accumulator
         self.scores = self.product if exact else torch.empty_like(self.product, dtype=self.accumulator)
@@ -131,18 +103,13 @@ class OnlineSoftmax:
         if bias is not None:
             scores.unflatten(1, (self.group, -1)).add_(bias)
         m = torch.maximum(self.m, scores.amax(-1, keepdim=True))
-        base = _finite(m)
+        base = m.where(m > NEG_INF, 0.0)  # -inf - (-inf) is NaN, and exp(-inf - 0) is the 0 we mean
         rescale = torch.exp2(self.m - base)
         weights = scores.sub_(base).exp2_()
         self.l.mul_(rescale).add_(weights.sum(-1, keepdim=True))
         weighted = torch.bmm(product.copy_(weights), v, out=_view(self.weighted, self.rows.shape))
         self.out.mul_(rescale).add_(weighted)
         self.m = m
-
-    def snapshot(self, queries: range, keys: range) -> TileStep:
-        """A copy of the running values, in natural units."""
-        m, l, out = (x.clone().view(-1, len(queries), x.shape[-1]) for x in (self.m * LN2, self.l, self.out))
-        return TileStep(queries, keys, m[..., 0], l[..., 0], out)
 
     def finish(self, out: Tensor, lse: Tensor) -> None:
         """Divide by the sum, once, and write `[q_tile, heads, d]` and `[q_tile, heads]`."""
@@ -151,33 +118,21 @@ class OnlineSoftmax:
         lse.copy_(((self.m + self.l.log2()) * LN2).view(-1, len(lse)).t())
 
 
-def _visible_tiles(queries: range, offset: int, kv_tile: int, sliding_window: int | None) -> Iterator[range]:
+def _visible_tiles(positions: range, kv_tile: int, sliding_window: int | None) -> Iterator[range]:
     """Tiles of keys of which a query sees something: the causal rule ends them, a window lets them start late."""
-    first, last = offset + queries.start, offset + queries[-1]
-    oldest = 0 if sliding_window is None else max(0, first - sliding_window + 1)
-    for start in range(oldest, last + 1, kv_tile):
-        yield range(start, min(start + kv_tile, last + 1))
+    for start in range(oldest_key(len(positions), positions.stop, sliding_window), positions.stop, kv_tile):
+        yield range(start, min(start + kv_tile, positions.stop))
 
 
-def _bias(queries: range, keys: range, offset: int, sliding_window: int | None, like: Tensor) -> Tensor | None:
+def _bias(positions: range, keys: range, sliding_window: int | None, like: Tensor) -> Tensor | None:
     """0 where a query sees a key and -inf elsewhere, `[queries, keys]`; None if all see all.
 
     Added, not filled in: `masked_fill_` with a broadcast mask takes 20 times as long as an addition on a CPU.
     """
-    first, last = offset + queries.start, offset + queries[-1]
-    if keys.stop <= first + 1 and (sliding_window is None or keys.start > last - sliding_window):
+    if keys.stop <= positions.start + 1 and (sliding_window is None or keys.start > positions[-1] - sliding_window):
         return None
-    position = torch.arange(first, last + 1, device=like.device)[:, None]
-    key = torch.arange(keys.start, keys.stop, device=like.device)[None, :]
-    hidden = key > position
-    if sliding_window is not None:
-        hidden |= key <= position - sliding_window
-    return like.new_zeros(hidden.shape).masked_fill_(hidden, NEG_INF)
-
-
-def _finite(m: Tensor) -> Tensor:
-    """The maximum to subtract: 0 instead of -inf, because -inf - (-inf) is NaN and exp(-inf - 0) is the 0 we mean."""
-    return m.where(m > NEG_INF, 0.0)
+    mask = tile_mask(positions, keys, sliding_window, like.device)
+    return like.new_zeros(mask.shape).masked_fill_(~mask, NEG_INF)
 
 
 def _view(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -21,18 +21,13 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
 from minillm.errors import ConfigError
 
 DUMMY_BLOCK = 0  # padding is written here, so that no kernel needs a special case for it; no sequence ever owns it
-
-
-def chained_hash(parent: int, tokens: tuple[Hashable, ...]) -> int:
-    """A hash of a block that depends on everything before the block, because its KV does too."""
-    return hash((parent, tokens))
 
 
 class Prefix:
@@ -49,7 +44,7 @@ class Prefix:
     def __init__(self, tokens: tuple[Hashable, ...], parent: Prefix | None = None) -> None:
         self.tokens = tokens
         self.parent = parent
-        self._hash: int = chained_hash(hash(parent) if parent else 0, tokens)
+        self._hash = hash((parent, tokens))
 
     def __hash__(self) -> int:
         return self._hash
@@ -86,34 +81,25 @@ class BlockTable:
     num_hashed: int = 0
 
 
-class FreeQueue:
+class FreeQueue(OrderedDict[int, None]):
     """The blocks that nobody holds, in the order in which they will be taken. Every method takes constant time."""
-
-    def __init__(self, blocks: Iterable[int]) -> None:
-        self._blocks = OrderedDict.fromkeys(blocks)
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._blocks)
 
     def popleft(self) -> int:
         """Take the block that has been useless for longest."""
-        return self._blocks.popitem(last=False)[0]
+        return self.popitem(last=False)[0]
 
     def remove(self, block: int) -> None:
         """Take this very block: a prompt found its content in the cache."""
-        del self._blocks[block]
+        del self[block]
 
     def append(self, block: int) -> None:
         """Put a block at the end: the cache knows it, and it was useful just now."""
-        self._blocks[block] = None
+        self[block] = None
 
     def prepend(self, block: int) -> None:
         """Put a block at the head: nobody can find what is in it."""
         self.append(block)
-        self._blocks.move_to_end(block, last=False)
+        self.move_to_end(block, last=False)
 
 
 class BlockPool:
@@ -124,18 +110,11 @@ class BlockPool:
     """
 
     def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        *,
-        identity: Hashable = None,
-        enable_prefix_caching: bool = True,
+        self, num_blocks: int, block_size: int, *, identity: Hashable = None, enable_prefix_caching: bool = True
     ) -> None:
-        if num_blocks < 2 or block_size < 1:
-            raise ConfigError(
-                f"A pool of num_blocks={num_blocks} blocks of block_size={block_size} tokens holds nothing. It needs "
-                "at least 2 blocks, of which one is the dummy for padding, of at least 1 token: give it more memory."
-            )
+        if num_blocks < 2 or block_size < 1:  # block 0 is the dummy
+            what = f"num_blocks={num_blocks} of block_size={block_size} tokens"
+            raise ConfigError(f"{what} hold nothing. Give at least 2 blocks of at least 1 token, or more memory.")
         self.block_size = block_size
         self.identity = identity
         self.enable_prefix_caching = enable_prefix_caching
@@ -146,7 +125,7 @@ class BlockPool:
         """Take every block back and forget what is in them. Tables that still hold blocks are void."""
         for block in self.blocks:
             block.ref_count, block.prefix = 0, None
-        self.free = FreeQueue(range(1, len(self.blocks)))
+        self.free = FreeQueue((index, None) for index in range(1, len(self.blocks)))
         self.cached: dict[Prefix, Block] = {}  # what the prefix cache knows, held or free
 
     @property
@@ -158,11 +137,6 @@ class BlockPool:
     def num_free(self) -> int:
         """Blocks that nobody holds, whether the prefix cache remembers them or not."""
         return len(self.free)
-
-    @property
-    def num_cached(self) -> int:
-        """Blocks that the prefix cache knows, held or free."""
-        return len(self.cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold this many tokens."""
@@ -239,11 +213,9 @@ class BlockPool:
         for index in range(table.num_hashed, num_computed // self.block_size):
             start = index * self.block_size
             prefix = Prefix(tuple(tokens[start : start + self.block_size]), table.prefix)
-            block = self.blocks[table.blocks[index]]
-            holder = self.cached.setdefault(prefix, block)
-            if holder is block:
-                block.prefix = prefix
-            table.prefix = holder.prefix or prefix
+            known = self.cached.setdefault(prefix, self.blocks[table.blocks[index]])
+            known.prefix = known.prefix or prefix
+            table.prefix = known.prefix
             table.num_hashed += 1
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
@@ -295,14 +267,12 @@ class BlockPool:
         """Recompute every invariant from all live tables; raises `AssertionError` naming the broken one."""
         tables = list(tables)
         held = Counter(index for table in tables for index in table.blocks)
-        ensure(held[DUMMY_BLOCK] == 0 and DUMMY_BLOCK not in self.free, "the dummy block belongs to nobody")
+        ensure(held[DUMMY_BLOCK] == 0, "the dummy block belongs to nobody")
         for block in self.blocks:
             ensure(block.ref_count == held[block.id], f"block {block.id} counts the tables that hold it")
             ensure(block.prefix is None or self.cached.get(block.prefix) is block, f"block {block.id} has a name")
-        ensure(
-            set(self.free) == {b.id for b in self.blocks[1:] if b.ref_count == 0},
-            "the free list is the set of blocks that nobody holds",
-        )
+        free = {block.id for block in self.blocks[1:] if block.ref_count == 0}
+        ensure(set(self.free) == free, "the free list is the set of blocks that nobody holds")
         ensure(all(b.prefix is p for p, b in self.cached.items()), "the cache points to blocks that carry the name")
         for table in tables:
             self._check_names(table)

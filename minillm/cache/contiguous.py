@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from minillm.attention import choose_attention
 from minillm.attention.reference import oldest_key
+from minillm.attention.tiled import attention
 from minillm.config import ModelConfig
-
-
-class SequenceCache(Protocol):
-    """The cache of one sequence."""
-
-    num_tokens: int  # how many are cached; the caller counts, once per step, when all layers are through
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k and v `[q_len, num_kv_heads, head_dim]` after the cached tokens, then let q see all of them."""
-        ...
-
-    def truncate(self, num_tokens: int) -> None:
-        """Forget all but the first `num_tokens` tokens."""
-        ...
+from minillm.seams import offer
 
 
 class ContiguousCache:
@@ -41,9 +26,10 @@ class ContiguousCache:
         self, config: ModelConfig, *, capacity: int, device: torch.device, dtype: torch.dtype, kernels: str = "auto"
     ) -> None:
         self.config = config
-        self.attention = choose_attention(kernels, device)
+        extra = offer("attention", device.type) if kernels == "auto" else None
+        self.attention = extra.attention if extra else attention
         self.num_tokens = 0
-        shape = (config.num_layers, config.num_kv_heads, max(capacity, 1), config.head_dim)
+        shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
 

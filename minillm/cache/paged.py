@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, Backend
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import Backend
 from minillm.config import EngineConfig, ModelConfig
 from minillm.errors import ConfigError
 from minillm.model.decoder import Attend
@@ -26,20 +27,15 @@ class BlockTensors:
     Block 0 is the dummy block that padding is written to.
     """
 
-    def __init__(self, config: ModelConfig, tensors: list[Tensor], *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, config: ModelConfig, tensors: list[Tensor]) -> None:
         self.config = config
-        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_blocks, self.block_size = tensors[0].shape[1:3]
         self.tensors = tensors
 
     @property
-    def num_bytes(self) -> int:
-        """What the pools really occupy."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
     def bytes_per_token(self) -> int:
-        """What one token occupies in all layers."""
-        return self.num_bytes // (self.num_blocks * self.block_size)
+        """What one token really occupies in all layers."""
+        return sum(tensor.nbytes for tensor in self.tensors) // (self.num_blocks * self.block_size)
 
     def attend(self, metadata: AttentionMetadata) -> Attend:
         """The decoder's `attend` for one step whose requests lie as `metadata` says."""
@@ -57,17 +53,15 @@ class BlockTensors:
 
     def gather(self, blocks: Tensor) -> Tensor:
         """What stands in these blocks `[n]` int64, all layers, as bytes `[n, bytes per block]`: to be handed over."""
-        parts = [tensor.index_select(1, blocks).transpose(0, 1).contiguous() for tensor in self.tensors]
+        parts = [tensor[:, blocks].transpose(0, 1).contiguous() for tensor in self.tensors]
         return torch.cat([part.view(torch.uint8).flatten(1) for part in parts], dim=1)
 
     def scatter(self, blocks: Tensor, source: Tensor) -> None:
         """Put what `gather` gave into these blocks `[n]`."""
-        start = 0
-        for tensor in self.tensors:
-            size = tensor[:, 0].nbytes
-            part = source[:, start : start + size].contiguous().view(tensor.dtype)
-            tensor[:, blocks] = part.view(len(blocks), len(tensor), *tensor.shape[2:]).transpose(0, 1)
-            start += size
+        sizes = [tensor[:, 0].nbytes for tensor in self.tensors]
+        for tensor, part in zip(self.tensors, source.split(sizes, dim=1), strict=True):
+            values = part.contiguous().view(tensor.dtype).view(len(blocks), len(tensor), *tensor.shape[2:])
+            tensor[:, blocks] = values.transpose(0, 1)
 
 
 class PagedCache(BlockTensors):
@@ -90,7 +84,7 @@ class PagedCache(BlockTensors):
         shape = (config.num_kv_heads, num_blocks, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]
-        super().__init__(config, self.keys + self.values, num_blocks=num_blocks, block_size=block_size)
+        super().__init__(config, self.keys + self.values)
 
     def attend(self, metadata: AttentionMetadata) -> Attend:
         return partial(self._attend, self.backend.prepare(metadata, self.keys[0], self.config.group_size))
@@ -102,11 +96,6 @@ class PagedCache(BlockTensors):
         return self.backend.attend(q, keys, values, metadata, scale=scale, sliding_window=window)
 
 
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers: 2 (K and V) x layers x KV heads x head_dim x block_size x element size."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * dtype.itemsize
-
-
 def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.device, per_block: int) -> int:
     """How many blocks of `per_block` bytes to allocate: what the user says, else as many as the memory budget holds.
 
@@ -116,18 +105,11 @@ def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.d
     """
     if engine.num_blocks is not None:
         return engine.num_blocks
-    budget = engine.cache_bytes or _free_bytes(device)
+    budget = engine.cache_bytes or CPU_CACHE_BYTES
+    if engine.cache_bytes is None and device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * CUDA_FREE_SHARE)
     if budget < 2 * per_block:
-        raise ConfigError(
-            f"{budget:,} bytes hold {budget // per_block} blocks of {per_block:,} bytes; at least 2 are needed. "
-            "Raise cache_bytes, make block_size smaller, or free memory on the device."
-        )
+        held = f"{budget:,} bytes hold {budget // per_block} blocks of {per_block:,} bytes, 2 are needed"
+        raise ConfigError(f"{held}. Raise cache_bytes, make block_size smaller, or free memory on the device.")
     longest = -(-config.max_position_embeddings // engine.block_size)
     return min(budget // per_block, 1 + engine.max_num_seqs * longest)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return CPU_CACHE_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * CUDA_FREE_SHARE)

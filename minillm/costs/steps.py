@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, require
 
 Step = Sequence[tuple[int, int]]  # (q_len, kv_len) per sequence; kv_len counts the new tokens, too
 
@@ -33,8 +33,7 @@ def prefill_step(tokens: int, batch: int = 1) -> Step:
 
 def chunk_steps(tokens: int, chunk: int) -> list[Step]:
     """A prompt cut into chunks: each sees the prefix before it. The last may be shorter."""
-    if chunk < 1:
-        raise ConfigError(f"chunk={chunk!r} is not possible: it must be at least 1.")
+    require(chunk >= 1, "chunk", chunk, "at least 1", ConfigError)
     return [[(end - start, end)] for start, end in pairwise([*range(0, tokens, chunk), tokens])]
 
 

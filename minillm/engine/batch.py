@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.engine.scheduler import StepPlan
 
 

@@ -8,7 +8,7 @@
         event.time, event.finish_reason                    # when they were on the host; why it ended, if it did
 
 The engine knows token ids and no text. Whoever does (`minillm.text`) may end a completion early, for instance at a stop
-string, with `finish(request_id, index, "stop", stop_reason=...)`. Everything about a completion can be read from
+string, with `finish(request_id, index, stop_reason)`. Everything about a completion can be read from
 `event.request`: `logprobs`, `num_cached`, `num_preemptions`, `first_scheduled_time`. All times are `time.perf_counter`
 seconds.
 
@@ -36,7 +36,7 @@ from minillm.engine.sampler import Sampler
 from minillm.engine.scheduler import Scheduler, StepPlan
 from minillm.engine.trace import RequestStep, StepRecord, Trace
 from minillm.engine.verify import Proposer
-from minillm.errors import RequestError
+from minillm.errors import require
 from minillm.model.decoder import Decoder
 from minillm.outputs import FinishReason
 from minillm.sampling import SamplingParams
@@ -86,12 +86,9 @@ class Engine:
         self.config = config or EngineConfig()
         self.proposer = proposer
         self.runner = ModelRunner(model, self.config)
-        self.pool = BlockPool(
-            self.runner.cache.num_blocks,
-            self.runner.cache.block_size,
-            identity=(model.config, model.dtype, self.config.kv_format),
-            enable_prefix_caching=self.config.enable_prefix_caching,
-        )
+        cache, caching = self.runner.cache, self.config.enable_prefix_caching
+        identity = (model.config, model.dtype, self.config.kv_format)
+        self.pool = BlockPool(cache.num_blocks, cache.block_size, identity=identity, enable_prefix_caching=caching)
         self.scheduler = Scheduler(self.config, self.pool, model.config.eos_token_ids)
         self.sampler = Sampler(self.config.seed, model.config.eos_token_ids)
         self.requests: dict[str, list[Request]] = {}  # the registry: unfinished completions by request
@@ -153,18 +150,12 @@ class Engine:
         """
         check_prompt(prompt, self.model.config)
         params.check(self.model.config.vocab_size)
-        if params.max_tokens > self.room(len(prompt)):
-            positions, slots = self.model.config.max_position_embeddings, self.pool.num_usable * self.pool.block_size
-            raise RequestError(
-                f"A prompt of {len(prompt)} tokens and max_tokens={params.max_tokens} need "
-                f"{len(prompt) + params.max_tokens - 1} positions; the model has {positions}, the cache holds {slots}. "
-                "Shorten the prompt, lower max_tokens, or raise num_blocks or cache_bytes."
-            )
-        if params.n > self.config.max_num_seqs:
-            raise RequestError(
-                f"n={params.n} completions at once, but at most max_num_seqs={self.config.max_num_seqs} requests run. "
-                "Lower n or raise max_num_seqs."
-            )
+        most, positions = max(0, self.room(len(prompt))), self.model.config.max_position_embeddings
+        why = f"the model has {positions} positions, the cache {self.pool.num_usable * self.pool.block_size}"
+        allowed = f"at most {most} after a prompt of {len(prompt)} tokens: {why}. Shorten it, or raise num_blocks"
+        require(params.max_tokens <= most, "max_tokens", params.max_tokens, allowed)
+        allowed = f"at most max_num_seqs={self.config.max_num_seqs}, the requests that run at once. Raise that"
+        require(params.n <= self.config.max_num_seqs, "n", params.n, allowed)
 
     def room(self, num_prompt: int) -> int:
         """The largest max_tokens that a prompt of so many tokens can have; less than 1 if it is too long itself."""
@@ -173,15 +164,11 @@ class Engine:
 
     def _check_names(self, request_id: str, cache_salt: str | None) -> None:
         for name, value in (("request_id", request_id), ("cache_salt", cache_salt)):
-            if not isinstance(value, str | None):
-                raise RequestError(f"{name}={value!r} is not possible: it must be a string. Use str() on it.")
+            require(isinstance(value, str | None), name, value, "a string. Use str() on it")
         number = request_id.removeprefix(OWN)
         given = number == request_id or (number.isdecimal() and int(number) < self._num_names)
-        if request_id in self.requests or not given:
-            raise RequestError(
-                f"request_id={request_id!r} is still being served, or is one of the engine's own, which begin with "
-                f"{OWN!r}. Choose another, or leave it out."
-            )
+        allowed = f"none that is still being served, nor begin with {OWN!r} as the engine's own do. Or leave it out"
+        require(given and request_id not in self.requests, "request_id", request_id, allowed)
 
     def run(self) -> Iterator[TokenEvent]:
         """Step until nothing is left to do, and yield what each step brings."""
@@ -203,7 +190,8 @@ class Engine:
         if self.proposer and (room := self.scheduler.draft_room(plan)):
             self.scheduler.add_drafts(plan, self.proposer.propose(room))
             proposed = time.perf_counter()
-        self._check_invariants()
+        if self.config.debug:
+            self.scheduler.check()
         batch = Batch.pack(plan, self.pool.block_size, self.model.device)
         packed = time.perf_counter()
         tokens = self.sampler.sample(plan, self.runner.run(batch))
@@ -220,7 +208,8 @@ class Engine:
             run_time=ran - packed,
             commit_time=time.perf_counter() - ran,
         )
-        self._check_invariants()
+        if self.config.debug:
+            self.scheduler.check()
         for event in events:
             if event.finish_reason:
                 self._forget(event.request)
@@ -236,14 +225,12 @@ class Engine:
         return [TokenEvent(request, said, ran, request.finish_reason) for request, said in taken]
 
     @exclusive
-    def finish(
-        self, request_id: str, index: int, reason: FinishReason = "stop", stop_reason: str | None = None
-    ) -> None:
-        """End one completion from outside, for instance because its text contains a stop string.
+    def finish(self, request_id: str, index: int, stop_reason: str | None = None) -> None:
+        """Stop one completion from outside, for instance because its text contains the stop string `stop_reason`.
 
         A completion that has ended already is left as it is.
         """
-        self._end([r for r in self.requests.get(request_id, []) if r.index == index], reason, stop_reason)
+        self._end([r for r in self.requests.get(request_id, []) if r.index == index], "stop", stop_reason)
 
     @exclusive
     def abort(self, request_id: str) -> None:
@@ -283,10 +270,6 @@ class Engine:
         self.scheduler.reset(request for completions in self.requests.values() for request in completions)
         if self.proposer:
             self.proposer.reset()
-
-    def _check_invariants(self) -> None:
-        if self.config.debug:
-            self.scheduler.check()
 
     def _record(self, plan: StepPlan, parts: tuple[RequestStep, ...], **times: float) -> None:
         """Write down the step. `times`: the fields of `StepRecord` that are times."""

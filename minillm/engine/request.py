@@ -70,11 +70,6 @@ class Request:
         return self.params.n - 1 if self.index == 0 and self.num_generated == 0 else 0
 
     @property
-    def width(self) -> int:
-        """Completions that this request stands for."""
-        return 1 + self.num_forks
-
-    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 

@@ -7,9 +7,10 @@ from functools import partial
 
 from torch import Tensor
 
-from minillm.attention import choose_backend
-from minillm.cache.paged import BlockTensors, PagedCache, block_bytes, choose_num_blocks
+from minillm.attention.paged import choose_backend
+from minillm.cache.paged import BlockTensors, PagedCache, choose_num_blocks
 from minillm.config import EngineConfig
+from minillm.costs.formulas import kv_bytes_per_token
 from minillm.engine.batch import Batch
 from minillm.model.decoder import Decoder, inference
 from minillm.seams import need, offer
@@ -42,7 +43,7 @@ def open_cache(model: Decoder, config: EngineConfig) -> BlockTensors:
     Raises `ConfigError` for a format that nobody offers.
     """
     if config.kv_format == "auto":
-        per_block = block_bytes(model.config, config.block_size, model.dtype)
+        per_block = config.block_size * kv_bytes_per_token(model.config, model.dtype.itemsize)
         backend = choose_backend(config.kernels, model.device)
         make: Callable[..., BlockTensors] = partial(PagedCache, model.config, backend)
     else:

@@ -42,12 +42,10 @@ def stream_numbers(rows: Sequence[Row], seed: int, device: torch.device) -> Tens
     """
     if all(request.params.greedy for request, _ in rows):
         return None
-    numbers = [
-        request.params.random(
-            request.index, request.num_generated + len(drafts), engine_seed=seed, arrival=request.order[0]
-        )
-        for request, drafts in rows
-    ]
+    numbers = []
+    for request, drafts in rows:
+        (arrival, index), position = request.order, request.num_generated + len(drafts)
+        numbers.append(request.params.random(index, position, engine_seed=seed, arrival=arrival))
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 

@@ -93,12 +93,6 @@ class StepPlan:
         self.scheduled[request] = Scheduled(request, num_tokens, copies, samplers, num_known)
         self.budget -= num_tokens
 
-    def add_draft(self, request: Request, draft: Draft, copies: list[tuple[int, int]]) -> None:
-        """Spend budget on guesses after the tokens of a request that is in the plan."""
-        part = self.scheduled[request]
-        part.draft, part.copies = draft, part.copies + copies
-        self.budget -= len(draft)
-
 
 class Scheduler:
     """Holds every unfinished request, running (with blocks) or waiting (without).
@@ -126,10 +120,6 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a new request after all others. Its `order` must say so, too."""
         self.waiting[request.order] = request
-
-    @property
-    def num_unfinished(self) -> int:
-        return len(self.running) + len(self.waiting)
 
     def schedule(self) -> StepPlan:
         """Plan the next step. Where there are unfinished requests, at least one of them advances."""
@@ -177,7 +167,7 @@ class Scheduler:
         """Let waiting requests join, strictly in order, while there is room. A step that preempts admits none."""
         while self.waiting and self._joinable and plan.budget and not plan.preempted:
             request = next(iter(self.waiting.values()))
-            width = sum(running.width for running in self.running) + request.width
+            width = sum(1 + one.num_forks for one in [*self.running, request])
             if width > self.config.max_num_seqs or not self._start(plan, request):
                 return
             del self.waiting[request.order]
@@ -206,15 +196,17 @@ class Scheduler:
         """How many tokens may be guessed for whom; requests without room are left out.
 
         Drafts take what all others leave, oldest first: budget that the step does not need, and blocks beyond one for
-        each running completion, so that none is preempted for a guess. A request without a first token gets none.
+        each running completion, so that none is preempted for a guess. A request without a first token gets none, and
+        none gets more than can be useful: a step brings one token more than it accepts, and max_tokens is the end.
         """
         room: dict[Request, int] = {}
         budget, size = plan.budget, self.pool.block_size
-        spare = max(0, self.pool.num_free - sum(request.width for request in self.running))
+        spare = max(0, self.pool.num_free - sum(1 + request.num_forks for request in self.running))
         for request, part in plan.scheduled.items():
             held = len(request.table.blocks) * size - part.kv_len
-            count = min(_useful_drafts(part), budget, held + spare * size)
-            if count > 0:
+            useful = min(request.num_drafts, request.params.max_tokens - request.num_generated - 1)
+            count = min(useful, budget, held + spare * size)
+            if part.samplers and request.num_generated > 0 and count > 0:
                 room[request] = count
                 budget -= count
                 spare -= self.pool.blocks_for(max(0, count - held))
@@ -223,10 +215,12 @@ class Scheduler:
     def add_drafts(self, plan: StepPlan, drafts: Mapping[Request, Draft]) -> None:
         """Put the guesses into the plan, where there are blocks for them."""
         for request, draft in drafts.items():
-            start = plan.scheduled[request].kv_len
-            copies = self.pool.prepare(request.table, start, start + len(draft))
+            part = plan.scheduled[request]
+            copies = self.pool.prepare(request.table, part.kv_len, part.kv_len + len(draft))
             if draft and copies is not None:
-                plan.add_draft(request, draft, copies)
+                part.draft = draft
+                part.copies += copies
+                plan.budget -= len(draft)
 
     def commit(self, plan: StepPlan, tokens: list[list[int]]) -> list[tuple[Request, list[int]]]:
         """Account for a step that was run; `tokens[i]` is what `plan.samplers[i]` drew: accepted drafts and one more.
@@ -293,40 +287,29 @@ class Scheduler:
         """Recompute every invariant; raises `AssertionError` naming the broken one."""
         self.pool.check(request.table for request in self)
         ensure(all(a.order < b.order for a, b in pairwise(self)), "requests are sorted by arrival")
-        ensure(sum(r.width for r in self.running) <= self.config.max_num_seqs, "at most max_num_seqs run")
+        ensure(sum(1 + r.num_forks for r in self.running) <= self.config.max_num_seqs, "at most max_num_seqs run")
         for request in self.waiting.values():
             ensure(not request.table.blocks and request.num_computed == 0, f"{request.order} waits and holds no blocks")
         for request in self.running:
-            held = len(request.table.blocks) * self.pool.block_size
-            ensure(request.num_computed <= held, f"{request.order} has blocks for what it has computed")
-            named = request.table.num_hashed * self.pool.block_size
-            ensure(named <= request.num_computed, f"{request.order} names only blocks that it has computed")
+            table, num_full = request.table, request.num_computed // self.pool.block_size
+            needed = self.pool.blocks_for(request.num_computed)
+            ensure(needed <= len(table.blocks), f"{request.order} has blocks for what it has computed")
+            ensure(table.num_hashed <= num_full, f"{request.order} names only blocks that it has computed")
         if self._in_flight is not None:
             self._check_plan(self._in_flight)
         else:
-            going = all(not request.finished and request.num_remaining > 0 for request in self)
-            ensure(going, "every request has something to compute")
+            ensure(all(not r.finished and r.num_remaining > 0 for r in self), "every request has something to compute")
 
     def _check_plan(self, plan: StepPlan) -> None:
         """The plan keeps to its budget and writes only blocks that one table owns and the cache does not know."""
         num_tokens = sum(part.q_len for part in plan.scheduled.values())
         ensure(num_tokens + plan.budget == self.config.max_num_batched_tokens, "the budget adds up")
-        ensure(plan.budget >= 0 and bool(plan.scheduled or not self.num_unfinished), "at least one request advances")
+        ensure(plan.budget >= 0 and bool(plan.scheduled or not any(self)), "at least one request advances")
         ensure(not any(request in plan.scheduled for request in plan.preempted), "the preempted are not scheduled")
         for request, part in plan.scheduled.items():
-            end = request.num_computed + part.num_tokens
-            ensure(part.num_tokens > 0 and end <= request.num_tokens, f"{request.order} computes tokens that it has")
-            held = len(request.table.blocks) * self.pool.block_size
-            ensure(part.kv_len <= held, f"{request.order} has blocks for what it computes")
+            ensure(0 < part.num_tokens <= request.num_remaining, f"{request.order} computes tokens that it has")
             ensure(not part.draft or part.samplers == [request], f"{request.order} alone goes on from its draft")
-            first, last = request.num_computed // self.pool.block_size, self.pool.blocks_for(part.kv_len)
-            for block in (self.pool.blocks[index] for index in request.table.blocks[first:last]):
+            first, end = request.num_computed // self.pool.block_size, self.pool.blocks_for(part.kv_len)
+            ensure(end <= len(request.table.blocks), f"{request.order} has blocks for what it computes")
+            for block in (self.pool.blocks[index] for index in request.table.blocks[first:end]):
                 ensure(block.ref_count == 1 and block.prefix is None, f"{block.id} is written by one owner, unnamed")
-
-
-def _useful_drafts(part: Scheduled) -> int:
-    """Guesses worth checking: a step brings one token more than it accepts, and max_tokens is the end."""
-    request = part.request
-    if not part.samplers or request.num_generated == 0:
-        return 0
-    return min(request.num_drafts, request.params.max_tokens - request.num_generated - 1)

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, Backend, paged_attention, write_kv
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import Backend, paged_attention, write_kv
 from minillm.config import EngineConfig, ModelConfig
 from minillm.costs.steps import Step, num_tokens
 from minillm.engine.runner import open_cache

@@ -56,12 +56,12 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
-        all_heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = Linear(config.hidden_size, all_heads * config.head_dim, bias=config.qkv_bias)
+        rotated_heads = config.num_heads + config.num_kv_heads
+        heads = rotated_heads + config.num_kv_heads
+        self.qkv = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.out = Linear(config.num_heads * config.head_dim, config.hidden_size)
         # Queries and keys lie side by side in the fused product, so one norm and one rotation serve both:
         # the weight has one row per head, the query's for query heads and the key's for key heads.
-        rotated_heads = config.num_heads + config.num_kv_heads
         self.qk_norm = RMSNorm(rotated_heads, config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, turn: Rotation, attend: Attend, layer: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from minillm import seams
 from minillm.config import KERNELS, ModelConfig
-from minillm.errors import CheckpointError, ConfigError
+from minillm.errors import CheckpointError, ConfigError, require
 from minillm.model.decoder import Decoder, RMSNorm
 from minillm.model.hf import check_file, read_config, read_json
 from minillm.model.linear import Linear
@@ -75,11 +75,9 @@ def _layer(config: ModelConfig, place: str) -> list[Piece]:
         "mlp.gate_up.weight": {"mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden)},
         "mlp.down.weight": {"mlp.down_proj.weight": (hidden, inner)},
     }
-    pieces = []
-    for ours, theirs in rows.items():
-        sources = {f"model.{place}{name}": shape for name, shape in theirs.items()}
-        pieces.append(Piece(place + ours, sources, heads if "qk_norm" in ours else ()))
-    return pieces
+    theirs = f"model.{place}"
+    sources = {ours: {theirs + name: shape for name, shape in shapes.items()} for ours, shapes in rows.items()}
+    return [Piece(place + ours, found, heads if "qk_norm" in ours else ()) for ours, found in sources.items()]
 
 
 class Checkpoint:
@@ -150,8 +148,7 @@ def load_model(
     """
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
-    if kernels not in KERNELS:
-        raise ConfigError(f"kernels={kernels!r} is unknown. Choose one of {', '.join(map(repr, KERNELS))}.")
+    require(kernels in KERNELS, "kernels", kernels, f"one of {', '.join(map(repr, KERNELS))}", ConfigError)
     if isinstance(name, str) and name.startswith("random:"):
         extra = seams.need("random_weights", "model", name)
         config, read = extra.draw(name.removeprefix("random:"), place, kind, seed)
@@ -257,10 +254,10 @@ def choose_device(device: str | torch.device) -> torch.device:
     """ "auto", "cpu", "cuda" or "cuda:<n>", or PyTorch's object for one of these, as a device that exists here."""
     device, gpus = str(device), torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = device if device != "auto" else "cuda" if gpus else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name, re.ASCII):
-        raise ConfigError(f"Unknown device {device!r}. Known: 'auto', 'cpu', 'cuda', 'cuda:<n>'.")
-    if name != "cpu" and int(name[5:] or 0) >= gpus:
-        raise ConfigError(f"device={device!r}, but PyTorch sees {gpus or 'no'} CUDA GPU here. Use 'cpu' or 'auto'.")
+    known = re.fullmatch(r"cpu|cuda(:\d{1,3})?", name, re.ASCII) is not None
+    require(known, "device", device, "'auto', 'cpu', 'cuda' or 'cuda:<n>'", ConfigError)
+    there = name == "cpu" or int(name[5:] or 0) < gpus
+    require(there, "device", device, f"'cpu' or 'auto': PyTorch sees {gpus or 'no'} CUDA GPU here", ConfigError)
     return torch.device(name)
 
 
@@ -270,8 +267,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_bfloat16()
         return torch.bfloat16 if fast else torch.float32
-    if dtype not in DTYPES:
-        raise ConfigError(f"Unknown dtype {dtype!r}. Known: 'auto', {', '.join(map(repr, DTYPES))}.")
+    require(dtype in DTYPES, "dtype", dtype, f"'auto', {', '.join(map(repr, DTYPES))}", ConfigError)
     return DTYPES[dtype]
 
 

@@ -50,7 +50,7 @@ class QuantizedCache(BlockTensors):
             [_stored(codec, shape, config.head_dim, device) for _ in range(config.num_layers)] for _ in range(2)
         )
         tensors = [as_bytes(tensor) for stored in self.keys + self.values for tensor in stored]
-        super().__init__(config, tensors, num_blocks=num_blocks, block_size=block_size)
+        super().__init__(config, tensors)
 
     def attend(self, metadata: AttentionMetadata) -> Attend:
         """The decoder's `attend` for one step whose sequences lie as `metadata` says."""

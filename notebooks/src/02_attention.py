@@ -14,7 +14,7 @@ tokens. This lesson computes it by hand for four tokens, then looks into a train
 import torch
 
 from minillm import load_model, load_tokenizer
-from minillm.attention.reference import attention_map, naive_attention, visible
+from minillm.attention.reference import masked_attention, naive_attention, visible
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.attention import attention_strip, head_grid, head_map
 from minillm.course.figures.curves import curves, prefill_curve
@@ -145,7 +145,7 @@ for q_len, kv_len in [(33, 33), (5, 40), (1, 64)]:
     q = torch.randn(q_len, config.num_heads, config.head_dim, generator=generator)
     k, v = torch.randn(2, config.num_kv_heads, kv_len, config.head_dim, generator=generator)
     ours = by_hand(q, k, v, visible(q_len, kv_len), scale)
-    theirs = attention_map(q, k, v, scale=scale)
+    theirs = masked_attention(q, k, v, visible(q_len, kv_len), scale=scale)
     gap = max((a - b).abs().max() for a, b in zip(ours, theirs, strict=True))
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, map {list(theirs[1].shape)}"
     print(f"{shapes:55} largest difference {gap:.0e}")
@@ -166,7 +166,10 @@ def look(token_ids, off=()):
     maps = []
 
     def attend(layer, q, k, v):
-        out, weights = attention_map(q, k.transpose(0, 1), v.transpose(0, 1), scale=scale)
+        seen = visible(len(q), len(k))
+        out, weights = masked_attention(
+            q, k.transpose(0, 1), v.transpose(0, 1), seen, scale=scale
+        )
         maps.append(weights)
         out[:, [head for where, head in off if where == layer]] = 0
         return out

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from minillm import decode, load_model, load_tokenizer, prefill
-from minillm.attention import attention
+from minillm.attention.tiled import attention
 from minillm.costs.formulas import kv_bytes_per_token, step_flops
 from minillm.costs.steps import decode_step, prefill_step
 from minillm.course.claims import CLAIMS, Workbench

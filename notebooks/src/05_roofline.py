@@ -142,7 +142,9 @@ whole matrix reads it faster than memory can.) Points above it are what the laye
 
 # %%
 for rows in (1, 16, 512):
-    print(f"{rows:3} rows: {number(linear_intensity(rows, SIDE, SIDE, 2))} FLOP per byte in bfloat16")
+    print(
+        f"{rows:3} rows: {number(linear_intensity(rows, SIDE, SIDE, 2))} FLOP per byte in bfloat16"
+    )
 
 # %% [markdown]
 """
@@ -214,7 +216,9 @@ Prefills of several lengths, decode steps of several batches, and the two ceilin
 config = replace(named_shape("llama-3.2-1b"), num_layers=4, vocab_size=16384)
 weights = RandomWeights(config, dtype, torch.Generator().manual_seed(0))
 model = assemble(config, weights, torch.device("cpu"), dtype)
-print(f"weights: {quantity(weight_bytes(config, dtype.itemsize, 0), 'B')} in {dtype_name(dtype)}")
+print(
+    f"weights: {quantity(weight_bytes(config, dtype.itemsize, 0), 'B')} in {dtype_name(dtype)}"
+)
 result = measure_roofline(
     model,
     hardware,

@@ -18,12 +18,13 @@ import torch
 
 from minillm import load_model, load_tokenizer
 from minillm.attention.reference import naive_attention
-from minillm.attention.tiled import merge, tiled_attention
+from minillm.attention.tiled import tiled_attention
 from minillm.costs.formulas import visible_pairs
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.curves import curves, prefill_curve
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
 from minillm.course.figures.tiles import TileCost, softmax_strip, tile_cost, tile_order
+from minillm.course.lessons.softmax import TileSteps, merge
 from minillm.course.lessons.tiles import tiled_keys, tiled_pairs
 from minillm.kernels import sdpa
 from minillm.measure.bench import interleaved
@@ -122,13 +123,13 @@ print("the last token's query", tuple(q.shape), "· keys and values", tuple(k.sh
 
 # %% [markdown]
 """
-`tiled_attention` calls an *observer* after every tile and hands it the running values. The figure replays them: nothing in
-it is computed again.
+`tiled_attention` calls an *observer* after every tile and hands it the running values. `TileSteps` keeps a copy of each, and the
+figure replays them: nothing in it is computed again.
 """
 
 # %% tags=["thumbnail"]
-steps = []
-tiled_attention(q, k, v, scale=scale, kv_tile=7, observer=steps.append)
+steps = TileSteps()
+tiled_attention(q, k, v, scale=scale, kv_tile=7, observer=steps)
 row = (k[0] @ q[0, 0]) * scale  # all scores at once, to draw what the tiles never held together
 exact = naive_attention(q, k, v, scale=scale)[0, 0]
 show(
@@ -201,9 +202,9 @@ N = 64
 
 def visits(q_tile, kv_tile, q_len=N, kv_len=N):
     """The tiles that one head really computes, in order."""
-    seen = []
+    seen = TileSteps()
     q, kv = torch.ones(q_len, 1, 4), torch.ones(1, kv_len, 4)
-    tiled_attention(q, kv, kv, scale=0.5, q_tile=q_tile, kv_tile=kv_tile, observer=seen.append)
+    tiled_attention(q, kv, kv, scale=0.5, q_tile=q_tile, kv_tile=kv_tile, observer=seen)
     return seen
 
 

@@ -25,12 +25,12 @@ if not HAS_GPU:
 import triton
 import triton.language as tl
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.reference import naive_attention
-from minillm.attention.tiled import merge
 from minillm.course.claims import CLAIMS, Workbench
 from minillm.course.figures.kernels import Part, Program, kernel_speed, merge_tree, program_grid
 from minillm.course.figures.show import explore, fold, predict, show, show_card, this_machine
+from minillm.course.lessons.softmax import merge
 from minillm.kernels.gpu.paged import BACKEND
 from minillm.measure.bench import interleaved
 from minillm.measure.counters import Counter

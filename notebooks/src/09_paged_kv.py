@@ -17,7 +17,8 @@ import random
 import torch
 
 from minillm import load_model, load_tokenizer
-from minillm.attention import AttentionMetadata, paged_attention, write_kv
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import paged_attention, write_kv
 from minillm.config import EngineConfig
 from minillm.costs.formulas import kv_bytes_per_token, matmul_parameters
 from minillm.course.claims import CLAIMS, Workbench
@@ -189,7 +190,8 @@ the arithmetic there is. The real tensors:
 # %%
 cache = engine.runner.cache
 print(f"keys of one layer {[*cache.keys[0].shape]}: KV heads, blocks, places, numbers")
-print(f"{len(cache.keys)} layers, values the same: {cache.num_bytes / 1e6:.1f} MB in all")
+num_bytes = sum(pool.nbytes for pool in cache.tensors)
+print(f"{len(cache.keys)} layers, values the same: {num_bytes / 1e6:.1f} MB in all")
 print("block 0 is nobody's: padding is written there, so no kernel needs a special case")
 
 now, size = frames[18], 4

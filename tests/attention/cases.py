@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 
 
 @dataclass(frozen=True)

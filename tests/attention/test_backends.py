@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minillm.attention import REFERENCE, choose_backend
+from minillm.attention.paged import REFERENCE, choose_backend
 from minillm.config import EngineConfig
 from minillm.errors import ConfigError
 from minillm.kernels.cpu.paged import BACKEND

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.errors import ConfigError
 
 Shape = tuple[list[list[int]], list[int], list[int], int]  # block tables, q_lens, kv_lens, block_size

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minillm.attention import REFERENCE, AttentionMetadata, Backend, paged, write_kv
+from minillm.attention import paged
 from minillm.attention import reference as naive
-from minillm.attention.paged import paged_attention
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import REFERENCE, Backend, paged_attention, write_kv
 from minillm.kernels import sdpa
 from minillm.kernels.cpu import attention as one_by_one
 from minillm.kernels.cpu import paged as grouped

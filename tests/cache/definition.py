@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minillm.attention.reference import NEG_INF, visible
-from minillm.cache.contiguous import SequenceCache
+from minillm.cache.contiguous import ContiguousCache
 from minillm.generate import generate
 from minillm.model.decoder import Decoder
 from minillm.quantization.formats import Codec
@@ -33,8 +33,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, codec: Codec, *, scale: float, windo
     return (weights @ v).transpose(0, 1)
 
 
-class DefinitionCache:
-    """A cache of one sequence for `minillm.generate.extend`."""
+class DefinitionCache(ContiguousCache):
+    """A cache of one sequence for `minillm.generate.extend`, which has nothing but the interface from its parent."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -53,7 +53,7 @@ class DefinitionCache:
 
 
 def generate_in(
-    cache: SequenceCache, model: Decoder, prompt: Sequence[int], params: SamplingParams, sample_index: int = 0
+    cache: ContiguousCache, model: Decoder, prompt: Sequence[int], params: SamplingParams, sample_index: int = 0
 ) -> list[int]:
     """The tokens of `minillm.generate.generate` with this cache, an empty one, in the place of a contiguous one."""
     with patch("minillm.generate.ContiguousCache", lambda *_, **__: cache):

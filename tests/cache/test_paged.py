@@ -1,4 +1,4 @@
-"""The pools: bytes against the formula, copies, blocks that move to another cache, sizes from a budget."""
+"""The pools: bytes against the formula, copies, sizes from a budget."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from minillm.attention import REFERENCE, AttentionMetadata, attention
-from minillm.cache.paged import PagedCache, block_bytes, choose_num_blocks
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import REFERENCE
+from minillm.attention.tiled import attention
+from minillm.cache.paged import PagedCache, choose_num_blocks
 from minillm.config import EngineConfig, ModelConfig
+from minillm.costs.formulas import kv_bytes_per_token
 from minillm.errors import ConfigError
 
 CONFIG = ModelConfig("LlamaForCausalLM", 50, 24, 32, 3, 6, 2, 8, max_position_embeddings=100)
@@ -26,8 +29,8 @@ def test_bytes_equal_the_formula(dtype: torch.dtype, size: int) -> None:
     cache = make_cache(dtype)
     per_token = 2 * 3 * 2 * 8 * size  # K and V, layers, KV heads, head_dim
     assert cache.bytes_per_token == per_token
-    assert cache.num_bytes == 12 * 4 * per_token
-    assert block_bytes(CONFIG, 4, dtype) == 4 * per_token == PER_BLOCK * size // 4
+    assert sum(pool.nbytes for pool in cache.keys + cache.values) == 12 * 4 * per_token == 12 * PER_BLOCK * size // 4
+    assert kv_bytes_per_token(CONFIG, dtype.itemsize) == per_token
 
 
 def test_trap_33_attend_takes_slices_of_a_fused_projection_and_writes_first() -> None:
@@ -82,7 +85,7 @@ def check_moving(dtype: torch.dtype) -> None:
     source, target = numbered(dtype, 12, 1), numbered(dtype, 9, 9000)
     before, sent, moves = bits(target), bits(source), {3: 7, 1: 2, 8: 5}
     parcel = source.gather(torch.tensor(list(moves.values())))
-    assert parcel.shape == (3, block_bytes(CONFIG, 4, dtype)) and parcel.dtype == torch.uint8
+    assert parcel.shape == (3, 4 * kv_bytes_per_token(CONFIG, dtype.itemsize)) and parcel.dtype == torch.uint8
     target.scatter(torch.tensor(list(moves)), parcel)
     got = bits(target)
     for pool in range(6):

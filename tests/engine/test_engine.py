@@ -81,6 +81,20 @@ def test_prefill_work_falls_with_the_share_that_hits() -> None:
     assert [record.num_tokens for record in engine.trace] == [64, 64, 48, 32, 16, 1]
 
 
+def test_room_is_the_largest_max_tokens_that_is_served_to_its_end() -> None:
+    """The last token is handed out and never computed: it needs no position and no slot."""
+    for num_blocks, most in ((6, 5 * 4), (200, random_model().config.max_position_embeddings)):
+        engine = make_engine(num_blocks=num_blocks)
+        for length in (1, 7, most - 1, most):
+            room = engine.room(length)
+            assert room == most + 1 - length
+            engine.add(random_prompt(length), SamplingParams(temperature=0, max_tokens=room, ignore_eos=True))
+            assert sum(len(event.token_ids) for event in run(engine)) == room
+            with pytest.raises(RequestError, match="at most"):
+                engine.check(random_prompt(length), SamplingParams(max_tokens=room + 1))
+        assert engine.room(most + 1) == 0
+
+
 def test_salted_requests_do_not_share() -> None:
     engine = make_engine()
     prompt = random_prompt(16)

@@ -67,7 +67,7 @@ def test_an_end_from_outside_is_told_by_the_next_record() -> None:
     engine = scripted_engine(num_blocks=20)
     names = [engine.add([4], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)) for _ in range(2)]
     engine.step()
-    engine.finish(names[0], 0, "stop", "a stop string")
+    engine.finish(names[0], 0, "a stop string")
     list(engine.run())
     assert [record.finished for record in engine.trace] == [(), ((names[0], 0),), (), ((names[1], 0),)]
 

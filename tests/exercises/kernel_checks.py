@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from minillm.attention.tiled import merge, tiled_attention
+from minillm.attention.tiled import tiled_attention
+from minillm.course.lessons.softmax import merge
 from tests.exercises.solutions import solution
 
 

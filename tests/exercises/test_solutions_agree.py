@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.paged import paged_attention, write_kv
 from minillm.attention.reference import naive_attention, visible
-from minillm.attention.tiled import merge, tiled_attention
+from minillm.attention.tiled import tiled_attention
 from minillm.cache.blocks import BlockPool
 from minillm.config import EngineConfig
 from minillm.costs import formulas
 from minillm.course.lessons.schedules import request_steps
+from minillm.course.lessons.softmax import merge
 from minillm.engine.request import Request
 from minillm.engine.scheduler import Scheduler
 from minillm.engine.verify import given_draft, num_accepted
@@ -191,7 +192,7 @@ def serve(config: EngineConfig, prompts: list[int], outputs: list[int]) -> Itera
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         params = SamplingParams(max_tokens=output)
         scheduler.add(Request(str(number), (number, 0), [0] * prompt, prompt, params, 0.0))
-    while scheduler.num_unfinished:
+    while list(scheduler):
         running = [(s.order[0], s.num_remaining) for s in scheduler.running]
         waiting = [(s.order[0], s.num_remaining) for s in scheduler.waiting.values()]
         plan = scheduler.schedule()

@@ -177,7 +177,7 @@ def test_a_real_engine_serves_every_token() -> None:
     workload = Workload("shared-prefix", 10, input_len=9, output_len=6, range_ratio=0.5, prefix_len=32, num_groups=2)
     requests = workload.requests(model.config.vocab_size)
     warm_up(engine, requests)
-    assert len(engine.trace) == 0 and engine.pool.num_cached >= 0
+    assert len(engine.trace) == 0 and len(engine.pool.cached) >= 0
     result = serve(engine, requests, arrival_times(10, 500.0), max_concurrency=4)
     assert all(served.completed and not served.error for served in result.served)
     figures = summarize(result, detailed=True) | engine_summary(result)

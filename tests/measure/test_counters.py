@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm.attention import REFERENCE, Backend, paged_attention, write_kv
+from minillm.attention.paged import REFERENCE, Backend, paged_attention, write_kv
 from minillm.attention.reference import naive_attention
 from minillm.attention.tiled import tiled_attention
 from minillm.cache.contiguous import ContiguousCache

@@ -65,7 +65,7 @@ def check(seed: int) -> None:
         assert shot.ref_counts[block.id] == len(list(shot.places(block.id))), f"{seed=}"
     for name, (_, tokens) in holders.items():
         assert sum(shot.filled(name, logical) for logical in range(len(shot.tables[name]))) == len(tokens), f"{seed=}"
-    assert len(shot.known) == pool.num_cached, f"{seed=}"
+    assert len(shot.known) == len(pool.cached), f"{seed=}"
     for block, (parent, tokens) in shot.known.items():
         name = pool.blocks[block].prefix
         assert name is not None and name.tokens == tokens, f"{seed=}"
@@ -170,7 +170,7 @@ def test_tables_after_an_end_from_outside_and_a_step_that_failed() -> None:
     _served(engine)
     for _ in range(4):
         engine.step()
-    engine.finish("#0", 1, "stop", "text")
+    engine.finish("#0", 1, "text")
     engine.step()
     run, engine.runner.run = engine.runner.run, None  # type: ignore[method-assign, assignment]
     with pytest.raises(TypeError):

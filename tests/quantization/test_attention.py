@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.config import ModelConfig
 from minillm.measure.counters import Counter
 from minillm.quantization import attention as quantized

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -209,13 +209,13 @@ def _all_accepted(drafts: Sequence[Draft], drawn: list[int]) -> list[list[int]]:
     return accept(drafts, drawn, lambda guessed, said: len(guessed))
 
 
-def _free_of_charge(self: StepPlan, request: Request, draft: Draft, copies: list[tuple[int, int]]) -> None:
-    budget = self.budget
-    _right_add_draft(self, request, draft, copies)
-    self.budget = budget
+def _free_of_charge(self: Scheduler, plan: StepPlan, drafts: Mapping[Request, Draft]) -> None:
+    budget = plan.budget
+    _right_add_drafts(self, plan, drafts)
+    plan.budget = budget
 
 
-_right_add_draft = StepPlan.add_draft
+_right_add_drafts = Scheduler.add_drafts
 
 
 TOKENS = r"request \d+, completion \d+"  # what `compare` says: others than those of running alone
@@ -235,7 +235,7 @@ MUTANTS: dict[str, tuple[object, str, object, str]] = {
     "trap 45: a stop token inside an accepted run is overlooked": (Request, "extend", _stops_at_the_end_only, TOKENS),
     "all rows of a verify are the last one": (Batch, "pack", classmethod(_last_row_for_all), TOKENS),
     "whatever is guessed is accepted": (scripted, "accept", _all_accepted, TOKENS),
-    "the budget is no limit": (StepPlan, "add_draft", _free_of_charge, "the budget adds up"),
+    "the budget is no limit": (Scheduler, "add_drafts", _free_of_charge, "the budget adds up"),
 }
 
 

@@ -101,7 +101,7 @@ def until_the_end_token(bench: Workbench) -> dict[str, Finding]:
     engine.abort(aborted)
     reasons += [event.finish_reason for event in engine.run()]
     return {
-        "ended": Finding("requests that ended", 3, 3 - engine.scheduler.num_unfinished),
+        "ended": Finding("requests that ended", 3, 3 - len(engine.requests)),
         "by_token": Finding("of these by an end token", 1, reasons.count("stop")),
         "by_length": Finding("of these by max_tokens", 1, reasons.count("length")),
     }

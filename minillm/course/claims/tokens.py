@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minillm.attention import attention
-from minillm.attention.reference import attention_map
+from minillm.attention.reference import masked_attention, visible
+from minillm.attention.tiled import attention
 from minillm.cache.contiguous import ContiguousCache
 from minillm.course.claims.card import Finding, always, claim
 from minillm.course.claims.workbench import CLOSE, Workbench, difference
@@ -151,7 +151,8 @@ def causal_attention(bench: Workbench) -> dict[str, Finding]:
 
     def watch(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = k.transpose(0, 1), v.transpose(0, 1)
-        out, weights = attention_map(q, keys, values, scale=bench.tiny.config.head_dim**-0.5)
+        seen, scale = visible(len(q), keys.shape[1]), bench.tiny.config.head_dim**-0.5
+        out, weights = masked_attention(q, keys, values, seen, scale=scale)
         maps.append(weights)
         return out
 

@@ -1,6 +1,6 @@
 """Attention in tiles: the running softmax replayed, the order of the tiles, and what their height costs and saves.
 
-What is drawn was observed: `tiled_attention(observer=…)` hands out a `TileStep` after every tile.
+What is drawn was observed: `TileSteps` keeps what `tiled_attention(observer=…)` shows after every tile.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, NullLocator
 from torch import Tensor
 
-from minillm.attention.tiled import TileStep
 from minillm.costs.formulas import visible_pairs
 from minillm.course.figures import style
+from minillm.course.lessons.softmax import TileStep
 from minillm.errors import ConfigError
 from minillm.measure.units import quantity
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, attention, paged_attention
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import paged_attention
+from minillm.attention.tiled import attention
 from minillm.cache.paged import PagedCache
 from minillm.course.use.beside import Beside, known, tolerance_of
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.cache.blocks import BlockPool, FreeQueue, Prefix
 from minillm.course.errors import LearnerError
 from minillm.course.use.beside import Beside, known

@@ -84,7 +84,7 @@ def merge_kernel(
     parts_ptr, lses_ptr, out_ptr, lse_ptr, sequences_ptr, cu_seqlens_ptr, num_rows, num_splits,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (sequences, queries of the longest, heads). Joins the parts of a row; see `tiled.merge`."""
+    """Grid: (sequences, queries of the longest, heads). Joins the parts of a row by their log-sum-exps."""
     sequence = tl.load(sequences_ptr + tl.program_id(0))
     token = tl.load(cu_seqlens_ptr + sequence) + tl.program_id(1)
     if token >= tl.load(cu_seqlens_ptr + sequence + 1):

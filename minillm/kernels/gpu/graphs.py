@@ -18,7 +18,7 @@ import torch
 import triton  # noqa: F401 - without it attention reads tables on the host, which no graph can replay
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.cache.blocks import DUMMY_BLOCK
 from minillm.cache.paged import PagedCache
 from minillm.engine.batch import Batch

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from numpy.testing import assert_allclose
 from torch import Tensor
 
-from minillm.attention.reference import attention_map, visible
+from minillm.attention.reference import masked_attention, visible
 from minillm.course.figures.attention import attention_strip, head_grid, head_map
 from minillm.errors import ConfigError
 from tests.course.figures.tidy import texts_of, untidy
@@ -112,7 +112,7 @@ def test_nothing_overlaps_whatever_is_drawn() -> None:
 
 def test_a_map_of_attention_is_drawn_as_it_is() -> None:
     q, k, v = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(1))
-    weights = attention_map(q[:, None], k[None], v[None], scale=0.5)[1][0]
+    weights = masked_attention(q[:, None], k[None], v[None], visible(8, 8), scale=0.5)[1][0]
     drawn = head_map(weights, list("abcdefgh"), "x").axes[0].images[0].get_array()
     assert_allclose(drawn.filled(0), weights)
     assert drawn.mask.sum() == 28, "what lies in the future is blank"

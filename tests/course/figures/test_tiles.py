@@ -13,9 +13,10 @@ from matplotlib.patches import Rectangle
 from numpy.testing import assert_allclose
 
 from minillm.attention.reference import naive_attention
-from minillm.attention.tiled import TileStep, tiled_attention
+from minillm.attention.tiled import tiled_attention
 from minillm.course.figures import style
 from minillm.course.figures.tiles import CUT, WHOLE, TileCost, softmax_strip, tile_cost, tile_order
+from minillm.course.lessons.softmax import TileStep, TileSteps
 from minillm.errors import ConfigError
 from tests.course.figures.tidy import texts_of, untidy
 
@@ -27,8 +28,8 @@ def observed(
     generator = torch.Generator().manual_seed(seed)
     q = 2 * torch.randn(q_len, 1, 4, generator=generator)
     k, v = torch.randn(2, 1, kv_len, 4, generator=generator)
-    steps: list[TileStep] = []
-    tiled_attention(q, k, v, scale=0.5, q_tile=q_tile, kv_tile=kv_tile, observer=steps.append)
+    steps = TileSteps()
+    tiled_attention(q, k, v, scale=0.5, q_tile=q_tile, kv_tile=kv_tile, observer=steps)
     return steps, k[0] @ q[-1, 0] * 0.5, naive_attention(q, k, v, scale=0.5)[-1, 0]
 
 

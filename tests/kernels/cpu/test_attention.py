@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.attention import choose_attention, tiled
+from minillm.attention import tiled
+from minillm.cache.contiguous import ContiguousCache
+from minillm.config import ModelConfig
 from minillm.kernels import sdpa
 from minillm.kernels.cpu import attention as module
 from minillm.kernels.cpu.attention import attention, decode_attention
@@ -76,9 +78,15 @@ def test_the_choice(case: Case, dtype: torch.dtype, choice: str, monkeypatch: py
 
 def test_who_is_chosen_on_which_device() -> None:
     """On a CPU by shape; where the definition is asked for, that."""
-    assert choose_attention("auto", torch.device("cpu")) is attention
-    assert choose_attention("reference", torch.device("cpu")) is tiled.attention
-    assert choose_attention("auto", torch.device("meta")) is sdpa.attention
+
+    def chosen(kernels: str, device: str) -> Callable[..., Tensor]:
+        config = ModelConfig("LlamaForCausalLM", 50, 24, 32, 3, 6, 2, 8, max_position_embeddings=100)
+        where = {"device": torch.device(device), "dtype": torch.float32}
+        return ContiguousCache(config, capacity=4, kernels=kernels, **where).attention
+
+    assert chosen("auto", "cpu") is attention
+    assert chosen("reference", "cpu") is tiled.attention
+    assert chosen("auto", "meta") is sdpa.attention
 
 
 def test_keys_and_values_may_be_views() -> None:

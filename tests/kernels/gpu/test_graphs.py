@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata, Backend, paged_attention, write_kv
+from minillm.attention.metadata import AttentionMetadata
+from minillm.attention.paged import Backend, paged_attention, write_kv
 from minillm.config import POLICIES, EngineConfig
 from minillm.engine.engine import Engine
 from minillm.generate import generate

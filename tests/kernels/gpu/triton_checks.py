@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minillm.attention import AttentionMetadata
 from minillm.attention import metadata as layout
+from minillm.attention.metadata import AttentionMetadata
 from minillm.kernels.gpu import decode as triton_decode
 from minillm.kernels.gpu import paged as triton_paged
 from minillm.kernels.gpu import prefill as triton_prefill

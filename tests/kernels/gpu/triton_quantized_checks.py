@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from minillm.attention import AttentionMetadata
+from minillm.attention.metadata import AttentionMetadata
 from minillm.kernels.gpu import decode as triton_decode
 from minillm.kernels.gpu import prefill as triton_prefill
 from minillm.kernels.gpu import tiles as triton_tiles
