@@ -46,8 +46,7 @@ class LLM:
         **settings: Any,
     ) -> None:
         config = EngineConfig.of(settings)
-        how: dict[str, Any] = dict(device=device, dtype=dtype, progress=progress)
-        how |= dict(seed=config.seed, kernels=config.kernels)
+        how = dict[str, Any](device=device, dtype=dtype, progress=progress, seed=config.seed, kernels=config.kernels)
         decoder = load_model(model, **how)
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(decoder, config)

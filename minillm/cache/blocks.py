@@ -25,7 +25,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, require
 
 DUMMY_BLOCK = 0  # padding is written here, so that no kernel needs a special case for it; no sequence ever owns it
 
@@ -112,9 +112,8 @@ class BlockPool:
     def __init__(
         self, num_blocks: int, block_size: int, *, identity: Hashable = None, enable_prefix_caching: bool = True
     ) -> None:
-        if num_blocks < 2 or block_size < 1:  # block 0 is the dummy
-            what = f"num_blocks={num_blocks} of block_size={block_size} tokens"
-            raise ConfigError(f"{what} hold nothing. Give at least 2 blocks of at least 1 token, or more memory.")
+        sizes = (num_blocks, block_size)
+        require(num_blocks > 1 and block_size > 0, "(num_blocks, block_size)", sizes, "at least (2, 1)", ConfigError)
         self.block_size = block_size
         self.identity = identity
         self.enable_prefix_caching = enable_prefix_caching

@@ -14,7 +14,7 @@ from torch import Tensor
 from minillm.attention.metadata import AttentionMetadata
 from minillm.attention.paged import Backend
 from minillm.config import EngineConfig, ModelConfig
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, require
 from minillm.model.decoder import Attend
 
 CPU_CACHE_BYTES = 2**30  # what a cache takes at most on a CPU if nobody says how much; pages are touched when written
@@ -108,8 +108,7 @@ def choose_num_blocks(config: ModelConfig, engine: EngineConfig, device: torch.d
     budget = engine.cache_bytes or CPU_CACHE_BYTES
     if engine.cache_bytes is None and device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * CUDA_FREE_SHARE)
-    if budget < 2 * per_block:
-        held = f"{budget:,} bytes hold {budget // per_block} blocks of {per_block:,} bytes, 2 are needed"
-        raise ConfigError(f"{held}. Raise cache_bytes, make block_size smaller, or free memory on the device.")
+    allowed = f"at least {2 * per_block}, two blocks. Make block_size smaller, or free memory on the device"
+    require(budget >= 2 * per_block, "cache_bytes", budget, allowed, ConfigError)
     longest = -(-config.max_position_embeddings // engine.block_size)
     return min(budget // per_block, 1 + engine.max_num_seqs * longest)

@@ -124,10 +124,9 @@ class Engine:
         most = self.config.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
         with self._lock:
             self._check_names(name, cache_salt)
-            order = (self._num_added, 0)
-            self._queue(
-                Request(name, order, list(prompt), len(prompt), params, cache_salt, max_drafts=most, num_drafts=most)
-            )
+            request = Request(name, (self._num_added, 0), list(prompt), len(prompt), params, cache_salt)
+            request.max_drafts = request.num_drafts = most
+            self._queue(request)
         return name
 
     def new_id(self) -> str:

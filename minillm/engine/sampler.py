@@ -86,7 +86,7 @@ class Sampler:
             _report(plan, said, asked, told)
         return said
 
-    def _draw(self, plan: StepPlan, logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    def _draw(self, plan: StepPlan, logits: Tensor, rows: list[Row]) -> Tensor:
         """A token for each row, on the device: int64 [rows]. Those after a rejected draft are drawn in vain."""
         target = distributions(logits, rows, self.process, self.end_ids)
         u = stream_numbers(rows, self.seed, logits.device)

@@ -151,7 +151,7 @@ def test_num_blocks_follows_the_budget(settings: dict[str, Any], expected: int) 
 
 
 def test_a_budget_below_one_block_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"2,000 bytes hold 1 blocks of 1,536 bytes.*Raise cache_bytes"):
+    with pytest.raises(ConfigError, match=r"cache_bytes=2000 .* at least 3072, two blocks"):
         choose_num_blocks(CONFIG, EngineConfig(block_size=4, cache_bytes=2000), CPU, PER_BLOCK)
 
 

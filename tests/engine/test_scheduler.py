@@ -49,7 +49,10 @@ def scheduled(record: StepRecord) -> dict[str, int]:
 def test_trap_13_a_request_that_can_never_fit_is_refused_and_the_others_go_on() -> None:
     engine = scripted_engine(block_size=4, num_blocks=5)
     good = engine.add([1] * 8, greedy(9))
-    with pytest.raises(RequestError, match=r"max_tokens=10 .* at most 9 after a prompt of 8 tokens: the model has 256 positions, the cache 16"):
+    with pytest.raises(
+        RequestError,
+        match=r"max_tokens=10 .* at most 9 after a prompt of 8 tokens: the model has 256 positions, the cache 16",
+    ):
         engine.add([1] * 8, greedy(10))
     with pytest.raises(RequestError, match="empty"):
         engine.add([], greedy())
@@ -319,7 +322,7 @@ def test_trap_22_positions_end_where_the_model_ends() -> None:
     """The last token is never computed, so prompt + max_tokens may be one more than there are positions."""
     engine = scripted_engine(num_blocks=1000)
     last = engine.model.config.max_position_embeddings
-    with pytest.raises(RequestError, match="max_tokens=4 .* at most 3"):
+    with pytest.raises(RequestError, match=r"max_tokens=4 .* at most 3"):
         engine.add([1] * (last - 2), greedy(4))
     engine.add([1] * (last - 2), greedy(3))
     run(engine)
