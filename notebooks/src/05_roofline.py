@@ -142,9 +142,8 @@ whole matrix reads it faster than memory can.) Points above it are what the laye
 
 # %%
 for rows in (1, 16, 512):
-    print(
-        f"{rows:3} rows: {number(linear_intensity(rows, SIDE, SIDE, 2))} FLOP per byte in bfloat16"
-    )
+    intensity = linear_intensity(rows, SIDE, SIDE, 2)
+    print(f"{rows:3} rows: {number(intensity)} FLOP per byte in bfloat16")
 
 # %% [markdown]
 """
@@ -226,7 +225,7 @@ result = measure_roofline(
     prompts=[8, 32, 128],
     batches=[1, 2, 4, 8, 16, 32, 64],
     contexts=[128],
-    repeats=4,
+    repeats=3,
 )
 print(this_machine())
 for point in result.points:
