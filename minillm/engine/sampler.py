@@ -44,8 +44,8 @@ def stream_numbers(rows: Sequence[Row], seed: int, device: torch.device) -> Tens
         return None
     numbers = []
     for request, drafts in rows:
-        (arrival, index), position = request.order, request.num_generated + len(drafts)
-        numbers.append(request.params.random(index, position, engine_seed=seed, arrival=arrival))
+        arrival, position = request.order[0], request.num_generated + len(drafts)
+        numbers.append(request.params.random(request.index, position, engine_seed=seed, arrival=arrival))
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
