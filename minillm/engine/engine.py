@@ -166,7 +166,7 @@ class Engine:
             require(isinstance(value, str | None), name, value, "a string. Use str() on it")
         number = request_id.removeprefix(OWN)
         given = number == request_id or (number.isdecimal() and int(number) < self._num_names)
-        allowed = f"none that is still being served, nor begin with {OWN!r} as the engine's own do. Or leave it out"
+        allowed = f"none of those still being served, and not begin with {OWN!r} like the engine's own"
         require(given and request_id not in self.requests, "request_id", request_id, allowed)
 
     def run(self) -> Iterator[TokenEvent]:

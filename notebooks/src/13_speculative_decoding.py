@@ -36,7 +36,6 @@ from minillm.generate import generate
 from minillm.measure.bench import interleaved
 from minillm.measure.bench_spec import bench_prompts, bench_spec, crossover_batch
 from minillm.measure.datasheets import DATASHEETS
-from minillm.measure.hardware import dtype_name
 from minillm.measure.roof import Roof, expected_tokens, speculative_speedup, step_seconds
 from minillm.measure.stepper import StepRunner
 from minillm.sampling import probs_from_logits
@@ -288,7 +287,6 @@ and FLOP/s, and takes the longer of the two times (lesson 05).
 
 # %%
 bench = Workbench()
-here = bench.hardware.roof(dtype_name(bench.timed.dtype))
 numbers = [0, 1, 2, 4, 8]
 measured, predicted = {}, {}
 for batch in (1, 16):
@@ -296,7 +294,7 @@ for batch in (1, 16):
     runs = {str(count): StepRunner(bench.timed, step) for count, step in steps.items()}
     best = [timing.best for timing in interleaved(runs, repeats=2).values()]
     shape, width = bench.timed.config, bench.timed.dtype.itemsize
-    bound = [step_seconds(shape, step, width, here) for step in steps.values()]
+    bound = [step_seconds(shape, step, width, bench.roof) for step in steps.values()]
     measured[batch] = [one / best[0] for one in best]
     predicted[batch] = [one / bound[0] for one in bound]
     plain_ms, check_ms = 1e3 * best[0], 1e3 * best[3]

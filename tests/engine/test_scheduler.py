@@ -60,7 +60,7 @@ def test_trap_13_a_request_that_can_never_fit_is_refused_and_the_others_go_on() 
         engine.add([1, 99], greedy())
     with pytest.raises(RequestError, match="max_num_seqs"):
         engine.add([1], greedy(n=65))
-    with pytest.raises(RequestError, match="still being served, nor begin with"):
+    with pytest.raises(RequestError, match="still being served, and not begin with"):
         engine.add([1], greedy(), request_id=good)
     assert run(engine) == {(good, 0): alone((1,) * 8, greedy(9), 0)}
 
